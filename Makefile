@@ -1,0 +1,37 @@
+# make demo | test | lab: each sets up .venv first. PYTHON=python3.12 make test takes another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch's threads spin: with two of them anything else on two cores crawls (and so do they)
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+
+.PHONY: demo test lab setup benchmark notebooks readme clean
+demo: setup
+	$(BIN)/python -m relvit.experiments $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: setup
+	cd nbs && MPLBACKEND= ../$(BIN)/jupyter lab
+
+setup: .venv/.ready
+.venv/.ready: constraints.txt settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+benchmark: setup
+	$(BIN)/python benchmarks/patches.py
+
+# execute every notebook in place, keep light outputs, export the package, write README.md
+notebooks: setup
+	$(BIN)/python tools/notebooks.py run
+	$(BIN)/python tools/notebooks.py readme
+
+readme: setup
+	$(BIN)/python tools/notebooks.py readme
+
+clean:
+	rm -rf .venv demo runs
