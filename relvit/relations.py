@@ -79,8 +79,8 @@ def angles(pos:Tensor, # (...,n,2) column and row of each patch
 def directions(pos:Tensor # (...,n,2) column and row of each patch
               ) -> Tensor: # (...,n,n) float32 radians in (-pi,pi], 0 = right, pi/2 = below, as rows grow downwards
     "The direction in which j lies, seen from i: atan2(y_j-y_i, x_j-x_i). Not in the paper"
-    return torch.atan2(-_differences(pos, 1).float(), -_differences(pos, 0).float()).diagonal_scatter(
-        pos.new_zeros(pos.shape[:-1], dtype=torch.float32), dim1=-2, dim2=-1)
+    dx, dy = (_differences(pos.float(), axis).mT for axis in (0, 1)) # coordinate j minus coordinate i
+    return torch.atan2(dy, dx)
 
 # %% ../nbs/02_relations.ipynb #28060ef2
 def absolute_positions(grid, # (h,w)
