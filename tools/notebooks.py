@@ -3,7 +3,7 @@
     python tools/notebooks.py run [nbs/01_patches.ipynb ...]   execute in place, keep light outputs, export the package
     python tools/notebooks.py readme                           make README.md from nbs/index.ipynb
 """
-import re, sys
+import os, re, sys
 from pathlib import Path
 
 import nbformat
@@ -51,6 +51,8 @@ def readme():
 
 if __name__ == '__main__':
     what, *names = sys.argv[1:] or ['']
+    sys.argv = sys.argv[:1] # nbdev's functions would read the rest
+    os.environ.pop('MPLBACKEND', None) # or the kernels show no figure
     if what == 'run':
         from nbdev.clean import nbdev_clean
         from nbdev.export import nb_export
