@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lab setup benchmark notebooks readme clean
+.PHONY: demo test lab setup benchmark record notebooks readme clean
 demo: setup
 	$(BIN)/python -m relvit.experiments $(ARGS)
 
@@ -21,6 +21,10 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	touch $@
+
+record: setup
+	$(BIN)/python -m relvit.experiments --all --first 10 --record results/demo.json
+	cp demo/demo.png nbs/images/demo.png
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py

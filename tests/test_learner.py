@@ -1,0 +1,119 @@
+"The README's promises about learners, held in small."
+import subprocess, sys
+
+import pytest, timm, torch
+from fastai.learner import Learner
+from relvit.checkpoint import export_timm, load, load_encoder, save
+from relvit.data import digits_dls
+from relvit.heads import PairHead
+from relvit.learner import finetune_learner, joint_learner, pretrain_learner
+from relvit.tasks import Task
+
+small = dict(img_size=16, p=4, embed_dim=24, depth=1, num_heads=3)
+name = 'vit_tiny_patch16_224'
+
+
+def dls(**kwargs): return digits_dls(bs=32, device='cpu', **{'steps': 3, **kwargs})
+
+
+def fitted(learn, epochs=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(epochs, **kwargs)
+    return learn
+
+
+def test_the_issue_s_own_lines(tmp_path):
+    "pretrain_learner by name and sizes, export, strict load by timm"
+    data = dls(size=32)
+    learn = pretrain_learner(data, 'vit_small_patch16_224', img_size=32, p=4, tasks=('relations', 'positions'), in_chans=1)
+    assert isinstance(learn, Learner) and learn.model.encoder.grid == (8, 8)
+    with learn.no_bar(): learn.fit_one_cycle(1)
+    tuned = finetune_learner(dls(size=32, labels=5), learn.model.encoder)
+    export = export_timm(tuned, tmp_path/'w.safetensors')
+    plain = timm.create_model('vit_small_patch16_224', img_size=32, patch_size=4, num_classes=10, in_chans=1, checkpoint_path=str(tmp_path/'w.safetensors')).eval()
+    x = data.one_batch()[0]
+    with torch.no_grad(): torch.testing.assert_close(plain(tuned.model.encoder.prepare(x)), tuned.model.eval()(x)['labels'], atol=1e-4, rtol=1e-4)
+    assert export.args['img_size'] == [32, 32]
+
+
+@pytest.mark.parametrize('recipe', ['default', 'reference'])
+def test_all_tasks_train_by_each_recipe(recipe):
+    learn = pretrain_learner(dls(steps=30), name, ('relations', 'distances', 'angles', 'positions', 'directions'), recipe=recipe, seed=0, permute=True, **small)
+    first, last = (fitted(learn, e).recorder.values[-1][1] for e in (1, 3))
+    assert last < first
+    assert {'relations_acc', 'distances_r2', 'angles_mae', 'directions_degrees'} <= set(learn.recorder.metric_names)
+
+
+@pytest.mark.parametrize('make', [pretrain_learner, finetune_learner, joint_learner])
+def test_a_seed_repeats_the_initial_weights(make):
+    a, b, c = (make(dls(), name, seed=s, **small).model.state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize('make', [pretrain_learner, finetune_learner, joint_learner])
+def test_bfloat16_on_a_cpu(make):
+    "computes in bfloat16, close to float32"
+    values = {}
+    for amp in (False, True):
+        learn = make(dls(), name, seed=0, amp=amp, **small)
+        with learn.no_bar(), learn.no_logging(): values[amp] = learn.validate()
+    assert values[True][0] == pytest.approx(values[False][0], rel=.02) and values[True][0] != values[False][0]
+
+
+def test_mega_patches_reach_tasks_and_heads():
+    learn = fitted(pretrain_learner(dls(), name, ('relations', 'positions', 'distances'), mega=3, **small))
+    assert learn.model.grid == (3, 3) and learn.model.tasks['positions'].head.out_features == 9
+    again = [fitted(learn).validate()[0] for _ in range(1)] + [learn.validate()[0]]
+    assert again[0] == again[1] # the cuts of validation repeat
+
+
+def test_frozen_means_frozen():
+    learn = finetune_learner(dls(labels=5), name, freeze=True, drop_path_rate=.5, **small)
+    before = {k: v.clone() for k, v in learn.model.encoder.state_dict().items()}
+    fitted(learn)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.encoder.state_dict().items())
+    assert not learn.model.encoder.training and learn.model.tasks['labels'].head.fc.weight.abs().sum() > 0
+
+
+def test_fastai_s_own_tools_work():
+    learn = joint_learner(dls(), name, pool='mean', augment=False, **small)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_flat_cos(1) if hasattr(learn, 'fit_flat_cos') else learn.fit_one_cycle(1)
+        assert learn.lr_find(num_it=5, show_plot=False).valley > 0
+        preds, y = learn.get_preds()
+    assert preds['labels'].shape == (239, 10) and len(y) == 239
+
+
+def test_a_relation_of_one_s_own_trains():
+    class SameColumn(Task):
+        name = 'same_column'
+        def make_head(self, encoder, grid): return PairHead(encoder.dim, 2)
+        def target(self, pos, grid): return (pos[..., :, None, 0] == pos[..., None, :, 0]).long()
+    learn = fitted(pretrain_learner(dls(steps=60), name, ('same_column', 'relations'), seed=0, augment=False, **{**small, 'depth': 2}), 2)
+    values = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+    assert learn.model.chance()['same_column_acc'] == .75 and values['same_column_acc'] > .8
+
+
+def test_pretrained_weights_travel(tmp_path):
+    learn = fitted(pretrain_learner(dls(), name, **small))
+    path = save(learn, tmp_path/'a.safetensors')
+    joint = joint_learner(dls(), name, **small)
+    report = load(path, joint)
+    assert not report.left_out and all('labels' in n for n in report.missing)
+    assert load_encoder(path).grid == (4, 4)
+    assert torch.equal(joint.model.tasks['relations'].head.qk.weight, learn.model.tasks['relations'].head.qk.weight)
+
+
+def test_no_pickle_is_read(tmp_path):
+    "a malicious pickle under any name is refused by type, and does not run"
+    import pickle
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path/'pwned'), 'w'))
+    for f in ('a.safetensors', 'a.pth', 'a.pkl'):
+        (tmp_path/f).write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(ValueError, match='not a safetensors file'): load_encoder(tmp_path/f)
+    assert not (tmp_path/'pwned').exists()
+
+
+def test_import_is_silent_and_writes_nothing(tmp_path):
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import relvit.learner, relvit.experiments, os; print(os.listdir())'], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.strip() == '[]' and run.returncode == 0, run.stderr
