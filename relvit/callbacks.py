@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastcore.basics import store_attr
 from .augment import PatchAugment
-from .patches import grid_of, mega_patches, pair, permute, positions, random_perms
+from .patches import grid_of, mega_patches, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
 from .relations import spatial_relations
 

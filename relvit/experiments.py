@@ -5,7 +5,7 @@
 # %% ../nbs/60_experiments.ipynb #650d4bee
 from __future__ import annotations
 import json, os, platform, statistics, subprocess, sys, time, torch
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from fastai.callback.core import Callback
@@ -34,7 +34,7 @@ class Demo:
     labels:int = 10 # labelled images of each class
     pretrain:int = 700 # steps
     finetune:int = 300 # steps
-    bs:int = 64
+    bs:int = 48
     pretrain_lr:float = 4e-3
     lr:float = 1e-3
     dim:int = 96
@@ -208,10 +208,11 @@ def table(results:dict, # of `run_arms`
 def figure(look:dict, # image, predicted relations and positions of one digit
            results:dict):
     "One digit and its patches, its true and predicted relations, and the table as bars"
-    fig, axs = plt.subplots(1, 4, figsize=(15, 3), gridspec_kw=dict(width_ratios=(1, 1, 1, 1.5), wspace=.35))
+    fig = plt.figure(figsize=(10.5, 6))
+    axs = [*(fig.add_subplot(2, 3, i) for i in (1, 2, 3)), fig.add_axes((.42, .08, .5, .36))]
     truth = spatial_relations(look['pos'])
     show_patches(look['x'], 4, ax=axs[0], title='one digit, 16 patches')
-    show_relations(truth, axs[1], 'where i lies seen from j', legend=False)
+    show_relations(truth, axs[1], 'true relations', legend=False)
     show_relations(look['preds'], axs[2], f"predicted: {(look['preds'] == truth).float().mean():.0%} right")
     names = [n for n in ARMS if n in results and n != 'majority'][::-1]
     mean, sd = [100*statistics.mean(results[n]) for n in names], [100*statistics.stdev(results[n]) if len(results[n]) > 1 else 0 for n in names]
@@ -229,9 +230,10 @@ def demo(seeds:int=3, # seeds a row of the table
          out:str='demo', # folder for the figure, the weights and the numbers
          record:str=None, # also write the numbers to this file
          workers:int=None, # processes side by side; as many as cores if not given
+         quick:bool=False, # a few steps of a tiny network, to see that everything runs; the numbers mean nothing
          ): # `make demo ARGS="--all"`
     "Pretrain a small ViT on patch relations of digits, finetune it, and compare honestly"
-    began, cfg, folder = time.time(), Demo(), Path(out)
+    began, cfg, folder = time.time(), Demo(pretrain=30, finetune=20, dim=24, depth=1) if quick else Demo(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     arms, seeds = ['relvit', 'supervised_all', 'supervised'] + ['joint']*all, list(range(first, first + (max(seeds, 6) if all else seeds)))
     print(f'RelViT on handwritten digits: {cfg.pretrain} steps on patch relations without labels, {cfg.finetune} with {cfg.labels} labels a class; '

@@ -4,7 +4,6 @@
 
 # %% ../nbs/12_heads.ipynb #15122b9a
 from __future__ import annotations
-import torch
 from torch import nn, Tensor
 
 # %% auto #0

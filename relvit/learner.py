@@ -5,7 +5,7 @@
 # %% ../nbs/35_learner.ipynb #a791bf66
 from __future__ import annotations
 import copy, torch
-import fastai.callback.progress # gives every Learner its progress bar
+import fastai.callback.progress # noqa: F401 gives every Learner its progress bar
 from functools import partial
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
@@ -14,8 +14,6 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import nn
-from .augment import PatchAugment
 from .callbacks import (AugmentPatches, AutoCast, LeakWarning, MegaPatches, PatchRelations, PermutePatches, task_metrics)
 from .patches import pair
 from .recipes import get_recipe
@@ -73,6 +71,7 @@ def _learner(dls, model, recipe, amp, cbs, **kwargs):
     learn = Learner(dls, model, loss_func=model.loss, opt_func=opt, splitter=split_parameters, lr=recipe.lr, wd=recipe.wd,
                     metrics=task_metrics(model), cbs=cbs, **kwargs)
     learn.recipe = recipe
+    learn.get_preds = partial(learn.get_preds, reorder=False) # fastai cannot reorder a dict, and nothing is out of order
     return learn
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_losses.ipynb #e11802ed
 from __future__ import annotations
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0

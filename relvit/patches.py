@@ -89,7 +89,6 @@ def resample_matrix(start:Tensor, # (...) first pixel of each segment
     start, length = start[..., None, None].float(), length[..., None, None].float()
     scale = length/out
     centre = start + (torch.arange(out, device=start.device)[:, None] + .5)*scale
-    if not antialias: centre = torch.minimum(torch.maximum(centre, start + .5), start + length - .5)
     pixel = torch.arange(size, device=start.device) + .5
     support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
     w = (1 - (pixel - centre).abs()/support).clamp(min=0)*((pixel > start) & (pixel < start + length))

@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_probe.ipynb #4f91f562
 from __future__ import annotations
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0

@@ -73,7 +73,7 @@ def angles(pos:Tensor, # (...,n,2) column and row of each patch
     if not normalise: return a
     (x0, y0), (x1, y1) = (w/2, h/2), (1.5*w - 1, 1.5*h - 1)
     corners = torch.tensor([[x1, y0], [x0, y1]])
-    return _scaled(a, float(_subtended(corners[0], corners[1], eps)) if h*w > 1 else 0)
+    return _scaled(a, float(_subtended(corners[0], corners[1], eps)))
 
 # %% ../nbs/02_relations.ipynb #8820d20f
 def directions(pos:Tensor # (...,n,2) column and row of each patch

@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_tasks.ipynb #47526e6a
 from __future__ import annotations
-import difflib, math, torch, torch.nn.functional as F
+import difflib, torch, torch.nn.functional as F
 from collections import namedtuple
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -86,9 +86,9 @@ class SpatialRelations(Task):
         hits, n = (pred.argmax(1) == target).flatten(), target.shape[-1]
         each = (torch.zeros(9, device=pred.device).index_add_(0, target.flatten(), hits.float())
                 /target.flatten().bincount(minlength=9))
-        off = off_diagonal(n, pred.device)
+        off, there = off_diagonal(n, pred.device), relation_counts(self.grid) if hasattr(self, 'grid') else torch.ones(9)
         return dict(acc=hits.float().mean(), acc_off=hits.reshape(-1, n, n)[:, off].float().mean() if n > 1 else hits.float().mean(),
-                    **{f'acc_{name}': a for name, a in zip(RELATIONS, each)})
+                    **{f'acc_{name}': a for name, a, count in zip(RELATIONS, each, there.tolist()) if count}) # a row of patches has no LT
 
     def chance(self, grid):
         counts, n = relation_counts(grid), grid[0]*grid[1]
@@ -155,7 +155,7 @@ class Directions(Task):
 
     def metrics(self, pred, target):
         off = (torch.atan2(pred[:, 1].float(), pred[:, 0].float()) - target)[:, off_diagonal(target.shape[-1], pred.device)]
-        return dict(degrees=torch.atan2(off.sin(), off.cos()).abs().rad2deg().mean())
+        return dict(degrees=torch.atan2(off.sin(), off.cos()).abs().rad2deg().sum()/max(off.numel(), 1))
 
     def chance(self, grid): return dict(degrees=90.)
 

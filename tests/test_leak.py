@@ -4,7 +4,7 @@ import warnings
 import pytest, torch
 from relvit.data import Images, image_dls
 from relvit.learner import joint_learner, pretrain_learner
-from relvit.patches import permute, positions, random_perms
+from relvit.patches import permute, random_perms
 from relvit.recipes import Recipe
 from relvit.tokens import TokenEncoder
 
@@ -20,21 +20,22 @@ def noise(steps=150):
 
 def trained(learn):
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1)
-    return dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1])), learn.model.chance()
+    return {k: float(v) for k, v in learn.model.scores.items()}, learn.model.chance() # validation is one batch
 
 
 def test_joint_training_does_not_leak_by_default():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning) # and does not warn
         values, chance = trained(joint_learner(noise(), 'vit_tiny_patch16_224', augment=False, recipe=fast, seed=0, **small))
-    assert abs(values['relations_acc'] - chance['relations_acc']) < .03
+    # a token knows itself, so the diagonal is no leak; the other pairs are
+    assert abs(values['relations_acc_off'] - chance['relations_acc_off']) < .02
     assert abs(values['positions_acc'] - chance['positions_acc']) < .03
 
 
 def test_the_released_codes_joint_training_leaks_and_says_so():
     with pytest.warns(UserWarning, match='relations and positions can be solved by position alone'):
         values, _ = trained(joint_learner(noise(), 'vit_tiny_patch16_224', leak='paper', recipe=fast, seed=0, **small))
-    assert values['relations_acc'] > .97 and values['positions_acc'] > .97
+    assert values['relations_acc_off'] > .97 and values['positions_acc'] > .97
 
 
 @pytest.mark.parametrize('how, leaks', [({}, False), (dict(pos_embed=True), True), (dict(pos_embed=True, permute=True), False)])
