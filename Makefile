@@ -13,7 +13,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 lab: setup
-	cd nbs && MPLBACKEND= ../$(BIN)/jupyter lab
+	cd nbs && env -u MPLBACKEND ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py

@@ -32,7 +32,7 @@ __all__ = ['ARMS', 'STEPS', 'Demo', 'Tell', 'arm_supervised', 'arm_supervised_al
 class Demo:
     "Sizes and steps of the demo"
     labels:int = 10 # labelled images of each class
-    pretrain:int = 700 # steps
+    pretrain:int = 600 # steps
     finetune:int = 300 # steps
     bs:int = 48
     pretrain_lr:float = 4e-3

@@ -21,7 +21,7 @@ def test_demo(tmp_path):
 
 
 def test_equal_compute_is_equal():
-    assert Demo().all_steps == Demo().pretrain + Demo().finetune == 1000
+    assert Demo().all_steps == Demo().pretrain + Demo().finetune == 900
 
 
 def test_numbers_of_the_table():

@@ -85,6 +85,21 @@ def test_fastai_s_own_tools_work():
     assert (preds['labels'].argmax(1) == y).float().mean() == pytest.approx(float(acc))
 
 
+def test_fastai_s_own_dataloaders_work(tmp_path):
+    "its image and category types too; statistics are the backbone's, labels come from the data"
+    from fastai.vision.data import ImageDataLoaders
+    from fastai.vision.augment import Resize
+    from PIL import Image
+    for i in range(24):
+        (tmp_path/'ab'[i % 2]).mkdir(exist_ok=True)
+        Image.new('RGB', (40, 36), (10*i, 90, 50)).save(tmp_path/'ab'[i % 2]/f'{i}.png')
+    data = ImageDataLoaders.from_folder(tmp_path, valid_pct=.3, seed=0, item_tfms=Resize(32), bs=8, num_workers=0, device='cpu')
+    for make in pretrain_learner, joint_learner, finetune_learner:
+        learn = fitted(make(data, name, **{**small, 'img_size': 32}))
+        assert all(torch.isfinite(torch.as_tensor(v)) for v in learn.recorder.values[-1])
+    assert learn.model.tasks['labels'].classes == 2 and learn.get_preds()[0]['labels'].shape[1] == 2
+
+
 def test_a_relation_of_one_s_own_trains():
     class SameColumn(Task):
         name = 'same_column'
