@@ -218,8 +218,11 @@ def figure(look:dict, # image, predicted relations and positions of one digit
     mean, sd = [100*statistics.mean(results[n]) for n in names], [100*statistics.stdev(results[n]) if len(results[n]) > 1 else 0 for n in names]
     axs[3].barh([ARMS[n].split(',')[0].split(':')[0] + (' (equal compute)' if n == 'supervised_all' else '') for n in names], mean, xerr=sd,
                 color=['#f58518' if n == 'relvit' else '#9ecae1' for n in names], capsize=3)
-    for i, n in enumerate(names): axs[3].plot([100*v for v in results[n]], [i]*len(results[n]), 'k.', ms=3)
-    axs[3].set(xlabel='test accuracy, %, with spread over seeds', xlim=(min(min(results[n]) for n in names)*100 - 3, 100))
+    for i, n in enumerate(names):
+        axs[3].plot([100*v for v in results[n]], [i]*len(results[n]), 'k.', ms=3)
+        axs[3].text(101.2, i, mean_sd(results[n]).strip(), va='center')
+    left = int(min(min(results[n]) for n in names)*100 - 3)
+    axs[3].set(xlabel=f'test accuracy, %, from {left} on: mean, spread and every seed', xlim=(left, 101))
     return fig
 
 # %% ../nbs/60_experiments.ipynb #cb0e4516

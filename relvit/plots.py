@@ -10,6 +10,7 @@ __all__ = ['COMPASS', 'COMPASS_COLOURS', 'as_image', 'show_image', 'show_patches
 import numpy as np, torch
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, BoundaryNorm, to_rgb
+from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/00_plots.ipynb #5914042a
 def as_image(x # (c,h,w) or (h,w) or (h,w,c), uint8 or float in [0,1]; one channel or three
@@ -75,6 +76,7 @@ def compass(ax=None, title:str='seen from j,\npatch i lies', size=1.2):
 def _panel(ax, size, legend):
     "Axes for a matrix, and one for its legend beside it"
     if ax is None: ax = plt.subplots(figsize=(size, size))[1]
+    for axis in ax.xaxis, ax.yaxis: axis.set_major_locator(MaxNLocator(6, integer=True))
     return ax, ax.inset_axes((1.06, .62, .36, .36)) if legend else None
 
 def show_relations(m, # (n,n) classes of the nine relations, 0 to 8

@@ -268,6 +268,6 @@ def chance(self:RelViT) -> dict:
 @patch
 def __repr__(self:RelViT):
     rows = [f"  {n:<11} weight {t.weight:<4g} sees {view}, positions {'on' if seen else 'off':<4} "
-            + ' '.join(f'chance of {k} {v:.3f}' for k, v in t.chance(self.grid).items())
+            + ' '.join(f"{'chance: ' if i == 0 else ''}{k} {v:.3f}" for i, (k, v) in enumerate(t.chance(self.grid).items()))
             for (n, t), (view, seen) in zip(self.tasks.items(), self.passes().values())]
     return '\n'.join([f'RelViT({self.encoder!r}', *rows]) + ')'

@@ -36,12 +36,12 @@ def readme():
     "README.md is the page nbs/index.ipynb: its text and what its visible cells show"
     nb, out = nbformat.read(root/'nbs/index.ipynb', 4), []
     for cell in nb.cells:
-        hidden = re.search(r'^#\|\s*(hide|echo: *false|export)', cell.source, re.M)
-        if cell.cell_type == 'markdown': out.append(cell.source)
+        if cell.cell_type == 'markdown': out.append(cell.source.replace('](images/', '](nbs/images/'))
         elif cell.cell_type == 'code':
-            if not hidden: out.append(f'```python\n{cell.source}\n```')
-            if hidden and hidden[1] == 'hide': continue
-            for o in cell.outputs:
+            asked = set(re.findall(r'^#\|\s*(.+?)\s*$', cell.source, re.M))
+            source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
+            if not asked & {'hide', 'echo: false'}: out.append(f'```python\n{source}\n```')
+            for o in [] if asked & {'hide', 'output: false'} else cell.outputs:
                 data = o.get('data', {})
                 if 'text/markdown' in data: out.append(data['text/markdown'])
                 elif 'text/plain' in data or o.output_type == 'stream':
