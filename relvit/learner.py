@@ -71,7 +71,6 @@ def _learner(dls, model, recipe, amp, cbs, **kwargs):
     learn = Learner(dls, model, loss_func=model.loss, opt_func=opt, splitter=split_parameters, lr=recipe.lr, wd=recipe.wd,
                     metrics=task_metrics(model), cbs=cbs, **kwargs)
     learn.recipe = recipe
-    learn.get_preds = partial(learn.get_preds, reorder=False) # fastai cannot reorder a dict, and nothing is out of order
     return learn
 
 @patch

@@ -206,13 +206,21 @@ def _make_task(t, classes, **kwargs):
     return t
 
 # %% ../nbs/20_tasks.ipynb #2b1f6bdc
-class Predictions(dict):
-    "Logits by task, with the positions and the grid of the patches that they belong to"
-    def __init__(self, logits, pos=None, grid=None):
-        super().__init__(logits)
-        self.pos, self.grid = pos, grid
-    def __repr__(self): return f"Predictions({', '.join(f'{n} {tuple(x.shape)}' for n, x in self.items())}; grid {self.grid})"
+class Predictions(tuple):
+    "Logits of every task in order, or by name, with the positions and the grid of the patches that they belong to"
+    def __new__(cls, logits, # dict by task; fastai makes new ones from lists, without names
+                pos=None, grid=None):
+        self = super().__new__(cls, logits.values() if isinstance(logits, dict) else logits)
+        self.names, self.pos, self.grid = list(logits) if isinstance(logits, dict) else [], pos, grid
+        return self
 
+    def __getitem__(self, i): return super().__getitem__(self.names.index(i) if isinstance(i, str) else i)
+
+    def __repr__(self):
+        shapes = [f'{n} {tuple(x.shape)}' for n, x in zip(self.names or '?'*len(self), self)]
+        return f"Predictions({', '.join(shapes)}; grid {self.grid})"
+
+# %% ../nbs/20_tasks.ipynb #8b2d5bda
 class RelViT(nn.Module):
     "An encoder and tasks over its tokens"
     def __init__(self, encoder, # `TokenEncoder`
@@ -224,13 +232,14 @@ class RelViT(nn.Module):
         self.encoder, self.pos_embed, self.grid = encoder, pos_embed, tuple(grid or encoder.grid)
         self.tasks = nn.ModuleDict({n: t.setup(encoder, self.grid) for n, t in make_tasks(tasks, classes).items()})
         self.scores = {} # losses, and out of training metrics, of the last batch, by 'task_metric'
+        self.last = None # positions and grid of the last batch, for when fastai casts the predictions
 
     def passes(self) -> dict:
         "Which task needs which pass: (view, does it see positions) by name"
         seen = lambda t: self.encoder.sees_positions(None if t.view == 'image' else self.pos_embed)
         return {n: (t.view, seen(t)) for n, t in self.tasks.items()}
 
-# %% ../nbs/20_tasks.ipynb #8b2d5bda
+# %% ../nbs/20_tasks.ipynb #a85c7933
 @patch
 def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
             patches:Tensor=None, # (b,c,H',W') what the relation tasks shall see instead of x
@@ -244,20 +253,22 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
         logits[name] = self.tasks[name](done[key])
         if view == 'patches': self.grid = done[key].grid
     if pos is None: pos = positions(self.grid, device=x.device).expand(len(x), -1, -1)
+    self.last = pos, self.grid
     return Predictions(logits, pos, self.grid)
 
-# %% ../nbs/20_tasks.ipynb #72fac3e5
+# %% ../nbs/20_tasks.ipynb #6fe33d9d
 @patch
 def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels, for 'labels'
         ) -> Tensor:
     "Weighted sum of the tasks' losses; leaves them, and out of training the metrics, in `scores`"
-    total, self.scores, t = 0., {}, Truth(preds.pos, preds.grid, y)
-    for name, task in self.tasks.items():
+    pos, grid = (preds.pos, preds.grid) if getattr(preds, 'pos', None) is not None else self.last
+    total, self.scores, t = 0., {}, Truth(pos, grid, y)
+    for (name, task), pred in zip(self.tasks.items(), preds):
         target = task.truth(t)
-        loss = task.loss(preds[name], target)
+        loss = task.loss(pred, target)
         total, self.scores[f'{name}_loss'] = total + task.weight*loss, loss.detach()
         if not self.training:
-            with torch.no_grad(): self.scores |= {f'{name}_{k}': v for k, v in task.metrics(preds[name], target).items()}
+            with torch.no_grad(): self.scores |= {f'{name}_{k}': v for k, v in task.metrics(pred, target).items()}
     return total
 
 @patch
