@@ -59,7 +59,8 @@ def colour_matrix(brightness, contrast, saturation, # (...) factors, 1 changes n
                  ) -> Tensor: # (...,3,3)
     "Brightness, contrast, saturation and hue as one matrix, but for the bias of the contrast"
     turn = -2*math.pi*hue # YIQ counts the other way round than hue
-    mix = torch.stack([torch.ones_like(saturation), saturation*turn.cos(), saturation*turn.sin()], -1)*(brightness*contrast)[..., None]
+    mix = torch.stack([torch.ones_like(saturation), saturation*turn.cos(), saturation*turn.sin()], -1)
+    mix = mix*(brightness*contrast)[..., None]
     return (mix @ _basis.to(mix)).unflatten(-1, (3, 3))
 
 def mean_grey(patches:Tensor # (...,c,h,w)
@@ -80,7 +81,7 @@ def recolour(patches:Tensor, # (...,c,h,w) in [0,1]
 # %% ../nbs/31_augment.ipynb #8f0cab43
 @dataclass(repr=False)
 class PatchAugment:
-    "Augments every patch by itself: (b,c,H,W) uint8 or [0,1] to float in [0,1]. Raises ValueError where a share is none"
+    "Augments every patch by itself: (b,c,H,W) uint8 or [0,1] to float in [0,1]. ValueError for a bad share"
     p:int|tuple # side of a patch in pixels, int or (ph,pw)
     crop:float|None = 1/1.15 # share of the side that a random window keeps before it is stretched again; None for all
     jitter:float = .8 # probability of changed colours, with factors from 1-v to 1+v:
@@ -122,7 +123,8 @@ def colours(self:PatchAugment, patches, generator=None):
     if not self.jitter and not self.grey: return patches
     u = _rand(6, *patches.shape[:2], generator=generator, device=patches.device)
     changed = u[0] < self.jitter
-    b, c, s = (torch.where(changed, 1 + v*(2*r - 1), 1.) for v, r in zip((self.brightness, self.contrast, self.saturation), u[1:4]))
+    spans = self.brightness, self.contrast, self.saturation
+    b, c, s = (torch.where(changed, 1 + v*(2*r - 1), 1.) for v, r in zip(spans, u[1:4]))
     hue = torch.where(changed, self.hue*(2*u[4] - 1), 0.)
     return recolour(patches, b, c, torch.where(u[5] < self.grey, 0., s), hue)
 
@@ -166,10 +168,11 @@ def random_resized_crop(x:Tensor, # (b,c,H,W)
                         scale=(.08, 1.), # smallest and largest share of the area
                         ratio=(3/4, 4/3), # narrowest and widest shape, width / height
                         generator:torch.Generator=None) -> Tensor: # (b,c,*size)
-    "A random window of each image, resized. One too wide or too high is cut to the image, where torchvision draws again"
+    "A random window of each image, resized. One too wide or high is cut to the image; torchvision draws again"
     b, (H, W) = len(x), x.shape[-2:]
     u = _rand(4, b, generator=generator, device=x.device)
-    area, shape = (scale[0] + u[0]*(scale[1] - scale[0]))*H*W, torch.lerp(*(torch.tensor(math.log(r), device=x.device) for r in ratio), u[1]).exp()
+    area, low, high = (scale[0] + u[0]*(scale[1] - scale[0]))*H*W, *map(math.log, ratio)
+    shape = (low + u[1]*(high - low)).exp()
     w, h = (v.sqrt().round().clamp(1, most) for v, most in ((area*shape, W), (area/shape, H)))
     top, left = (u[2]*(H - h + 1)).floor(), (u[3]*(W - w + 1)).floor()
     out = pair(size or (H, W))

@@ -56,7 +56,7 @@ class PatchCallback(Callback):
 
 # %% ../nbs/33_callbacks.ipynb #e6fe2939
 class MegaPatches(PatchCallback):
-    "Cuts each image by random lines into `side` x `side` mega-patches. Sec. 3.3 of RelViT's extension. See `PatchCallback`"
+    "Cuts each image by random lines into mega-patches. RelViT's extension. See `PatchCallback`"
     order = 10
     def __init__(self, side, # mega-patches a side, int or (rows, columns)
                  antialias=True, same_cuts=False, # see `relvit.patches.mega_patches`
@@ -91,8 +91,8 @@ class PermutePatches(PatchCallback):
 
 # %% ../nbs/33_callbacks.ipynb #2af4d445
 class PatchRelations(Callback):
-    """Hands the original positions of the patches to the model. Reads `learn.xb` and `learn.perms` (which it takes away again),
-    `learn.model.encoder.p`; sets `learn.xb` to (x, patches or None, positions)"""
+    """Hands the original positions of the patches to the model. Reads `learn.model.encoder.p`, `learn.xb` and
+    `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions)"""
     order = 13
     def before_batch(self):
         x, patches, _ = (*self.learn.xb, None, None)[:3]
@@ -104,7 +104,8 @@ class PatchRelations(Callback):
 
     def show(self, size=3):
         "Draw the first image of the last batch and its true relations"
-        if getattr(self, 'last', None) is None: raise RuntimeError('patch_relations has seen no batch yet: train or validate first')
+        if getattr(self, 'last', None) is None:
+            raise RuntimeError('patch_relations has seen no batch yet: train or validate first')
         (x, pos), w = self.last, grid_of(self.last[0], self.learn.model.encoder.p)[1]
         pos = pos.reshape(-1, 2)
         fig, axs = plt.subplots(1, 2, figsize=(2.2*size, size))
@@ -150,8 +151,9 @@ class LeakWarning(Callback):
     "Warns once if the relation tasks can read their answers off the positions. Reads `learn.model` and `learn.cbs`"
     def before_fit(self):
         leaking = [n for n, (view, seen) in self.learn.model.passes().items() if view == 'patches' and seen]
-        if leaking and not any(isinstance(cb, PermutePatches) for cb in self.learn.cbs) and not getattr(self, 'said', False):
-            self.said = True
-            cure = 'add PermutePatches()' + (', or give the model pos_embed=False' if self.learn.model.encoder.is_vit else '')
-            warnings.warn(f'{" and ".join(leaking)} can be solved by position alone: this encoder knows where its tokens lie '
-                          f'and nothing shuffles them. {cure} (permute=True of the learners).', stacklevel=2)
+        shuffled = any(isinstance(cb, PermutePatches) for cb in self.learn.cbs)
+        if leaking and not shuffled and not getattr(self, 'said', False):
+            self.said, choice = True, ', or give the model pos_embed=False' if self.learn.model.encoder.is_vit else ''
+            cure = 'add PermutePatches()' + choice
+            warnings.warn(f'{" and ".join(leaking)} can be solved by position alone: this encoder knows where its tokens '
+                          f'lie and nothing shuffles them. {cure} (permute=True of the learners).', stacklevel=2)

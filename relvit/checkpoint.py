@@ -40,7 +40,8 @@ def write_whole(path, # where the file shall be
 def _model(obj):
     "The module of a Learner, or the module itself"
     model = obj if isinstance(obj, nn.Module) else getattr(obj, 'model', None)
-    if not isinstance(model, (RelViT, TokenEncoder)): raise TypeError(f'a Learner over RelViT, a RelViT or a TokenEncoder, not {type(obj).__name__}')
+    if not isinstance(model, (RelViT, TokenEncoder)):
+        raise TypeError(f'a Learner over RelViT, a RelViT or a TokenEncoder, not {type(obj).__name__}')
     return model
 
 def _encoder(obj): return getattr(_model(obj), 'encoder', _model(obj))
@@ -64,7 +65,8 @@ def read_meta(path) -> dict:
     try:
         with safe_open(path, 'pt') as f: return json.loads((f.metadata() or {}).get('relvit', '{}'))
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path} is not a safetensors file ({e}); pickled checkpoints are not read') from e
+    except Exception as e:
+        raise ValueError(f'{path} is not a safetensors file ({e}); pickled checkpoints are not read') from e
 
 # %% ../nbs/34_checkpoint.ipynb #f58489b9
 @dataclass
@@ -104,7 +106,9 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
             to, w = rename(name), f.get_tensor(name)
             if to not in mine: report.left_out[name] = 'no place for it'
             elif w.shape == mine[to].shape: new[to] = w
-            elif to.endswith('model.pos_embed') and (r := _resized(model, w, meta)) is not None: new[to] = r; report.resized.append(name)
+            elif to.endswith('model.pos_embed') and (r := _resized(model, w, meta)) is not None:
+                new[to] = r
+                report.resized.append(name)
             else: report.left_out[name] = f'{tuple(w.shape)}, wanted {tuple(mine[to].shape)}'
     report.taken, report.missing = list(new), [n for n in mine if n not in new]
     if not any('model.' in n for n in new): raise ValueError(f'no weight of the encoder fits: {report!r}')
@@ -120,7 +124,8 @@ def load_encoder(path # file of `save`
                 ) -> TokenEncoder:
     "Build the encoder of a file and fill it. Raises ValueError for a file that does not say which"
     config = dict(read_meta(path).get('encoder') or {})
-    if not config.get('name'): raise ValueError(f'{path} does not say which timm model it holds; build the encoder and use load(path, encoder)')
+    if not config.get('name'):
+        raise ValueError(f'{path} does not say which timm model it holds; build the encoder and use load(path, encoder)')
     encoder = TokenEncoder(config.pop('name'), **config)
     load(path, encoder)
     return encoder
@@ -136,7 +141,8 @@ class Export:
     def create(self): return timm.create_model(**self.args, checkpoint_path=str(self.path))
     def __repr__(self):
         args = ', '.join(f'{k}={v!r}' for k, v in self.args.items() if k != 'model_name')
-        return f"timm.create_model({self.args['model_name']!r}, {args},\n                  checkpoint_path={str(self.path)!r})" + (f'\n# {self.note}' if self.note else '')
+        return (f"timm.create_model({self.args['model_name']!r}, {args},\n"
+                f"                  checkpoint_path={str(self.path)!r})" + (f'\n# {self.note}' if self.note else ''))
 
 # %% ../nbs/34_checkpoint.ipynb #135c81ac
 def _timm_head(model):
@@ -144,16 +150,19 @@ def _timm_head(model):
     task = getattr(model, 'tasks', {}) and model.tasks['labels'] if 'labels' in getattr(model, 'tasks', {}) else None
     if task is None: return {}, {}, ''
     pool, fc = task.head.pool, task.head.fc
-    if pool == 'flat' or not _encoder(model).is_vit: return {}, {}, f"without the classifier: timm has none over {'flattened patch tokens' if pool == 'flat' else 'these tokens'}"
+    if pool == 'flat' or not _encoder(model).is_vit:
+        what = 'flattened patch tokens' if pool == 'flat' else 'these tokens'
+        return {}, {}, f'without the classifier: timm has none over {what}'
     args = dict(num_classes=task.classes) | (dict(global_pool='avg', fc_norm=False) if pool == 'mean' else {})
     return {'head.weight': fc.weight, 'head.bias': fc.bias}, args, ''
 
 def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
                 path # file, .safetensors
                ) -> Export:
-    "Write what `timm.create_model(..., checkpoint_path=path)` loads. Raises ValueError for an encoder built from a model without a name"
+    "Write what `timm.create_model(..., checkpoint_path=path)` loads. Raises ValueError for a model without a name"
     model, enc = _model(obj), _encoder(obj)
-    cfg = {k: v for k, v in enc.config.items() if k not in ('pos_embed', 'pos_std', 'cls', 'p', 'img_size', 'drop_path_rate', 'mean', 'std')}
+    ours = ('pos_embed', 'pos_std', 'cls', 'p', 'img_size', 'drop_path_rate')
+    cfg = {k: v for k, v in enc.config.items() if k not in ours}
     name = cfg.pop('name') or (getattr(enc.model, 'default_cfg', None) or {}).get('architecture')
     if not name: raise ValueError('timm does not know this model by a name: build the encoder from one')
     args = dict(model_name=name, num_classes=0, img_size=list(enc.img_size), **cfg)
@@ -163,8 +172,9 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     weights = dict(enc.model.state_dict())
     if enc.is_vit and not enc.pos_embed: weights['pos_embed'] = torch.zeros_like(weights['pos_embed'])
     head, head_args, note = _timm_head(model)
-    args |= head_args | dict(pretrained_cfg_overlay=dict(mean=enc.mean.flatten().tolist(), std=enc.std.flatten().tolist(),
-                                                         input_size=[enc.in_chans, *enc.img_size], num_classes=head_args.get('num_classes', 0)))
+    stats = {k: getattr(enc, k).flatten().tolist() for k in ('mean', 'std')}
+    args |= head_args
+    args['pretrained_cfg_overlay'] = dict(stats, input_size=[enc.in_chans, *enc.img_size], num_classes=args['num_classes'])
     path = _write(weights | head, dict(timm=args), path)
     write_whole(path.with_suffix('.json'), lambda f: Path(f).write_text(json.dumps(args, indent=1)))
     return Export(path, args, note)

@@ -26,7 +26,8 @@ class Images:
                  y:Tensor=None, # (N,) int64, -1 = unknown; all unknown if None
                  vocab=(), # names of the classes
                  name='images'):
-        if x.ndim != 4 or x.dtype != torch.uint8: raise ValueError(f'images are uint8 of shape (N,c,H,W), not {x.dtype} {tuple(x.shape)}')
+        if x.ndim != 4 or x.dtype != torch.uint8:
+            raise ValueError(f'images are uint8 of shape (N,c,H,W), not {x.dtype} {tuple(x.shape)}')
         y = torch.full((len(x),), -1) if y is None else torch.as_tensor(y).long()
         if len(x) != len(y): raise ValueError(f'{len(x)} images but {len(y)} labels')
         self.x, self.y, self.vocab, self.name = x, y, list(vocab), name
@@ -40,7 +41,8 @@ class Images:
 
     def __repr__(self):
         known = int((self.y >= 0).sum())
-        return f"{self.name}: {len(self)} images {' x '.join(map(str, self.shape))}, {known} labelled, {len(self.vocab)} classes"
+        size = ' x '.join(map(str, self.shape))
+        return f'{self.name}: {len(self)} images {size}, {known} labelled, {len(self.vocab)} classes'
 
 # %% ../nbs/32_data.ipynb #ccbe1075
 def _by_class(y, seed):
@@ -114,8 +116,9 @@ def image_dls(train, # `Images` or `ImageFiles` to train on
     "fastai `DataLoaders` over images, with `.test`, `.mean`, `.std`, `.vocab`, `.c` and `.img_size`"
     device, plain = device or default_device(), [partial(_centre, size=size)] if size else []
     loader = partial(ImageLoader, device=torch.device(device), num_workers=num_workers)
-    dls = DataLoaders(loader(train, bs=bs, shuffle=True, drop_last=len(train) >= bs, steps=steps, after_batch=Augment(*augment)),
-                      *(loader(ds, bs=max(bs, 256), after_batch=Augment(*plain)) for ds in (valid, test) if ds is not None), device=device)
+    first = loader(train, bs=bs, shuffle=True, drop_last=len(train) >= bs, steps=steps, after_batch=Augment(*augment))
+    rest = [loader(ds, bs=max(bs, 256), after_batch=Augment(*plain)) for ds in (valid, test) if ds is not None]
+    dls = DataLoaders(first, *rest, device=device)
     dls.test = dls.loaders[2] if test is not None else None
     dls.vocab, dls.c, dls.channels = train.vocab, len(train.vocab), train.shape[0]
     dls.img_size = (size, size) if size else train.shape[1:]
@@ -147,7 +150,7 @@ def digits(size=16 # pixels of a side
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None]/16
     x = torch.nn.functional.interpolate(x, size=(size, size), mode='bilinear')
-    return split(Images((x*255).round().byte(), torch.tensor(data.target), [str(i) for i in range(10)], 'digits'), 600, seed=0)
+    return split(Images((x*255).round().byte(), data.target, list('0123456789'), 'digits'), 600, seed=0)
 
 def digits_dls(size=16, bs=64,
                labels:int=None, # labelled images of each class to train on; all of them if None
@@ -158,7 +161,8 @@ def digits_dls(size=16, bs=64,
     "Handwritten digits: embedded, no download"
     (train, held), test = split(digits(size)[0], valid, seed), digits(size)[1]
     if labels: train = few_labels(train, labels, seed)
-    return image_dls(train, held, test, bs, [partial(random_shift, pad=shift)] if shift else [], steps=steps, device=device)
+    augment = [partial(random_shift, pad=shift)] if shift else []
+    return image_dls(train, held, test, bs, augment, steps=steps, device=device)
 
 # %% ../nbs/32_data.ipynb #fa0562f9
 def cifar10(root # folder that holds `cifar-10-batches-py`
@@ -166,7 +170,8 @@ def cifar10(root # folder that holds `cifar-10-batches-py`
     "CIFAR-10 in memory. Raises RuntimeError where the files are missing or not the official ones"
     from torchvision.datasets import CIFAR10
     parts = [CIFAR10(root, train=train) for train in (True, False)]
-    return tuple(Images(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), d.targets, d.classes, 'CIFAR-10') for d in parts)
+    pixels = [torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in parts]
+    return tuple(Images(x, d.targets, d.classes, 'CIFAR-10') for x, d in zip(pixels, parts))
 
 def cifar10_dls(root, bs=256, labels:int=None, # labelled images of each class to train on; all if None
                 valid=.1, seed=0, pad=4, flip=True, steps:int=None, device=None) -> DataLoaders:
@@ -174,7 +179,8 @@ def cifar10_dls(root, bs=256, labels:int=None, # labelled images of each class t
     train, test = cifar10(root)
     train, held = split(train, valid, seed)
     if labels: train = few_labels(train, labels, seed)
-    return image_dls(train, held, test, bs, [partial(random_shift, pad=pad)]*bool(pad) + [random_flip]*flip, steps=steps, device=device)
+    augment = [partial(random_shift, pad=pad)]*bool(pad) + [random_flip]*flip
+    return image_dls(train, held, test, bs, augment, steps=steps, device=device)
 
 # %% ../nbs/32_data.ipynb #75c739fa
 def read_image(path, side:int, # pixels of the shorter side, then the middle square
@@ -194,7 +200,9 @@ class ImageFiles(Images):
         self.side, self.channels = side, channels
     def __getitem__(self, i): return read_image(self.paths[i], self.side, self.channels), self.y[i]
     def batch(self, idxs): return torch.stack([self[i][0] for i in idxs.tolist()]), self.y[idxs]
-    def subset(self, idxs): return ImageFiles([self.paths[i] for i in idxs.tolist()], self.y[idxs], self.vocab, self.side, self.name, self.channels)
+    def subset(self, idxs):
+        paths = [self.paths[i] for i in idxs.tolist()]
+        return ImageFiles(paths, self.y[idxs], self.vocab, self.side, self.name, self.channels)
     @property
     def shape(self): return self.channels, self.side, self.side
     def load(self): return Images(*self.batch(torch.arange(len(self))), self.vocab, self.name)

@@ -24,7 +24,7 @@ from .tasks import SpatialRelations
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['ARMS', 'STEPS', 'Demo', 'Tell', 'arm_supervised', 'arm_supervised_all', 'arm_joint', 'arm_relvit', 'Progress',
+__all__ = ['ARMS', 'Demo', 'Tell', 'arm_supervised', 'arm_supervised_all', 'arm_joint', 'arm_relvit', 'steps_of', 'Progress',
            'run_arms', 'provenance', 'mean_sd', 'gain', 'table', 'figure', 'demo']
 
 # %% ../nbs/60_experiments.ipynb #921e6dad
@@ -46,8 +46,8 @@ class Demo:
     def all_steps(self): return self.pretrain + self.finetune
     def recipe(self, lr): return get_recipe('default').but(name='demo', lr=lr, final_lr=lr/100)
     def encoder(self, dls):
-        return TokenEncoder('vit_tiny_patch16_224', img_size=16, p=4, in_chans=1, pos_std=.2, embed_dim=self.dim, depth=self.depth,
-                            num_heads=self.heads, mean=dls.mean, std=dls.std)
+        return TokenEncoder('vit_tiny_patch16_224', img_size=16, p=4, in_chans=1, pos_std=.2, mean=dls.mean, std=dls.std,
+                            embed_dim=self.dim, depth=self.depth, num_heads=self.heads)
 
 # %% ../nbs/60_experiments.ipynb #26081666
 ARMS = dict( # name: what it is, in the words of the table
@@ -93,8 +93,9 @@ def arm_supervised(cfg, seed, tell, out):
     train, test = learn.dls.train_ds, learn.dls.test.dataset
     torch.manual_seed(seed)
     pixels = pixel_baselines(train, test)
-    return dict(supervised=_test(learn), majority=pixels['majority'], **{f'pixels_{k}': pixels[k] for k in ('svm', 'nearest', 'logistic')},
-                random=probe(cfg.encoder(learn.dls), train, test, cfg.pool, pos_embed=False)['logistic'])
+    random = probe(cfg.encoder(learn.dls), train, test, cfg.pool, pos_embed=False)['logistic']
+    return dict(supervised=_test(learn), random=random, majority=pixels.pop('majority'),
+                **{f'pixels_{k}': v for k, v in pixels.items()})
 
 def arm_supervised_all(cfg, seed, tell, out):
     "All steps of pretraining and finetuning spent on labels"
@@ -112,7 +113,8 @@ def arm_relvit(cfg, seed, tell, out):
     "Pretrain without labels, finetune with few; the first seed leaves its weights and a look at its relations"
     unlabelled = digits_dls(bs=cfg.bs, seed=seed, steps=cfg.pretrain, device='cpu')
     torch.manual_seed(seed)
-    pre = _fit(pretrain_learner(unlabelled, cfg.encoder(unlabelled), augment=False, recipe=cfg.recipe(cfg.pretrain_lr), seed=seed), tell)
+    hot = cfg.recipe(cfg.pretrain_lr)
+    pre = _fit(pretrain_learner(unlabelled, cfg.encoder(unlabelled), augment=False, recipe=hot, seed=seed), tell)
     held = {k: v for k, v in zip(pre.recorder.metric_names[1:-1], pre.recorder.values[-1])}
     dls = _few(cfg, seed, cfg.finetune)
     frozen = probe(pre.model.encoder, dls.train_ds, dls.test.dataset, cfg.pool, pos_embed=False)['logistic']
@@ -124,7 +126,9 @@ def arm_relvit(cfg, seed, tell, out):
         torch.save(dict(x=x[0], preds=preds['relations'][0].argmax(0), pos=preds.pos[0]), Path(out)/'look.pt')
     return dict(relvit=_test(tuned), frozen=frozen, relations_acc=held['relations_acc'], positions_acc=held['positions_acc'])
 
-STEPS = dict(relvit=lambda c: c.all_steps, supervised_all=lambda c: c.all_steps, joint=lambda c: c.all_steps, supervised=lambda c: c.finetune)
+def steps_of(arm:str, cfg:Demo) -> int:
+    "Steps that an arm trains for"
+    return cfg.finetune if arm == 'supervised' else cfg.all_steps
 
 # %% ../nbs/60_experiments.ipynb #5469e279
 _queue = None
@@ -156,9 +160,9 @@ class Progress:
 # %% ../nbs/60_experiments.ipynb #2618f6ed
 def run_arms(arms, seeds, cfg:Demo=Demo(), out=None, workers=None, quiet=False) -> dict: # {result: [one a seed]}
     "Run every arm with every seed, `workers` processes at a time; the first seed's weights go to `out`"
-    jobs = sorted([(a, s) for s in seeds for a in arms], key=lambda j: -STEPS[j[0]](cfg))
+    jobs = sorted([(a, s) for s in seeds for a in arms], key=lambda j: -steps_of(j[0], cfg))
     context, got = get_context('spawn'), {}
-    queue, progress = context.Manager().Queue(), Progress(sum(STEPS[a](cfg) for a, _ in jobs))
+    queue, progress = context.Manager().Queue(), Progress(sum(steps_of(a, cfg) for a, _ in jobs))
     os.environ['OMP_NUM_THREADS'] = '1' # of the children, before they import torch
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _start, (queue,)) as pool:
         running = {pool.submit(_job, a, cfg, s, out if s == seeds[0] else None): (a, s) for a, s in jobs}
@@ -178,12 +182,14 @@ def run_arms(arms, seeds, cfg:Demo=Demo(), out=None, workers=None, quiet=False) 
 # %% ../nbs/60_experiments.ipynb #949ae1c5
 def provenance() -> dict:
     "Where and with what a result was made"
+    here = Path(__file__).parent if '__file__' in globals() else None
     def git(*args):
-        try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent if '__file__' in globals() else None).stdout.strip()
+        try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10, cwd=here).stdout.strip()
         except OSError: return ''
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU {platform.machine()}, {os.cpu_count()} cores'
-    return dict(commit=git('rev-parse', 'HEAD'), changed=bool(git('status', '--porcelain', '--', 'nbs', 'relvit')), device=device,
-                python=platform.python_version(), versions={p: version(p) for p in ('relvit', 'torch', 'timm', 'fastai', 'scikit-learn')},
+    packages = 'relvit', 'torch', 'torchvision', 'timm', 'fastai', 'scikit-learn'
+    return dict(commit=git('rev-parse', 'HEAD'), changed=bool(git('status', '--porcelain', '--', '.')), device=device,
+                python=platform.python_version(), versions={p: version(p) for p in packages},
                 date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 
 # %% ../nbs/60_experiments.ipynb #0d5dd1a6
@@ -194,14 +200,18 @@ def mean_sd(values) -> str:
 def gain(a, b) -> str:
     "The paired difference of two arms in points: mean, spread, range, and how many seeds it is positive for"
     d = [100*(x - y) for x, y in zip(a, b)]
-    return (f'{statistics.mean(d):+.1f}' + (f' ± {statistics.stdev(d):.1f}, {min(d):+.1f} to {max(d):+.1f}' if len(d) > 1 else '')
-            + f', above 0 for {sum(v > 0 for v in d)} of {len(d)} seeds')
+    spread = f' ± {statistics.stdev(d):.1f}, {min(d):+.1f} to {max(d):+.1f}' if len(d) > 1 else ''
+    return (f'{statistics.mean(d):+.1f}{spread}'
+            f', above 0 for {sum(v > 0 for v in d)} of {len(d)} seeds')
 
 def table(results:dict, # of `run_arms`
           markdown=False) -> str:
     "The results as a table, best known baselines included"
-    rows = [(text, mean_sd(results[name]), ' '.join(f'{100*v:.1f}' for v in results[name])) for name, text in ARMS.items() if name in results]
-    if markdown: return '\n'.join(['| | test accuracy, % | each seed |', '|---|---|---|', *(f'| {a} | {b.strip()} | {c} |' for a, b, c in rows)])
+    rows = [(text, mean_sd(results[name]), ' '.join(f'{100*v:.1f}' for v in results[name]))
+            for name, text in ARMS.items() if name in results]
+    if markdown:
+        lines = [f'| {a} | {b.strip()} | {c} |' for a, b, c in rows]
+        return '\n'.join(['| | test accuracy, % | each seed |', '|---|---|---|', *lines])
     return '\n'.join(f'{a:<50s}{b:<12s}  {c}' for a, b, c in rows)
 
 # %% ../nbs/60_experiments.ipynb #c5874b6b
@@ -215,8 +225,10 @@ def figure(look:dict, # image, predicted relations and positions of one digit
     show_relations(truth, axs[1], 'true relations', legend=False)
     show_relations(look['preds'], axs[2], f"predicted: {(look['preds'] == truth).float().mean():.0%} right")
     names = [n for n in ARMS if n in results and n != 'majority'][::-1]
-    mean, sd = [100*statistics.mean(results[n]) for n in names], [100*statistics.stdev(results[n]) if len(results[n]) > 1 else 0 for n in names]
-    axs[3].barh([ARMS[n].split(',')[0].split(':')[0] + (' (equal compute)' if n == 'supervised_all' else '') for n in names], mean, xerr=sd,
+    mean = [100*statistics.mean(results[n]) for n in names]
+    sd = [100*statistics.stdev(results[n]) if len(results[n]) > 1 else 0 for n in names]
+    labels = [ARMS[n].split(',')[0].split(':')[0] + ' (equal compute)'*(n == 'supervised_all') for n in names]
+    axs[3].barh(labels, mean, xerr=sd,
                 color=['#f58518' if n == 'relvit' else '#9ecae1' for n in names], capsize=3)
     for i, n in enumerate(names):
         axs[3].plot([100*v for v in results[n]], [i]*len(results[n]), 'k.', ms=3)
@@ -238,19 +250,22 @@ def demo(seeds:int=3, # seeds a row of the table
     "Pretrain a small ViT on patch relations of digits, finetune it, and compare honestly"
     began, cfg, folder = time.time(), Demo(pretrain=30, finetune=20, dim=24, depth=1) if quick else Demo(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    arms, seeds = ['relvit', 'supervised_all', 'supervised'] + ['joint']*all, list(range(first, first + (max(seeds, 6) if all else seeds)))
-    print(f'RelViT on handwritten digits: {cfg.pretrain} steps on patch relations without labels, {cfg.finetune} with {cfg.labels} labels a class; '
-          f'{len(seeds)} seeds')
+    arms = ['relvit', 'supervised_all', 'supervised'] + ['joint']*all
+    seeds = list(range(first, first + (max(seeds, 6) if all else seeds)))
+    print(f'RelViT on handwritten digits: {cfg.pretrain} steps on patch relations without labels, '
+          f'{cfg.finetune} with {cfg.labels} labels a class; {len(seeds)} seeds')
     results = run_arms(arms, seeds, cfg, folder, workers)
     look = torch.load(folder/'look.pt', weights_only=True)
     (folder/'look.pt').unlink()
     write_whole(folder/'demo.png', lambda f: figure(look, results).savefig(f, format='png', dpi=80, bbox_inches='tight'))
-    text = json.dumps(dict(results=results, seeds=seeds, config=asdict(cfg), **provenance(), seconds=round(time.time() - began)), indent=1)
+    seconds = round(time.time() - began)
+    text = json.dumps(dict(results=results, seeds=seeds, config=asdict(cfg), **provenance(), seconds=seconds), indent=1)
     for f in [folder/'demo.json'] + ([record] if record else []): write_whole(f, lambda tmp: Path(tmp).write_text(text))
     print(f"\n600 test images, accuracy in %, mean ± sd over seeds {seeds[0]} to {seeds[-1]}\n\n{table(results)}\n")
-    print(f"on held-out images, no labels: relations {mean_sd(results['relations_acc']).strip()} % right (the commonest one always: "
-          f"{100*SpatialRelations().chance((4, 4))['acc']:.1f}), positions {mean_sd(results['positions_acc']).strip()} % (a guess: 6.2)")
+    relations, places = (mean_sd(results[k]).strip() for k in ('relations_acc', 'positions_acc'))
+    print(f'on held-out images, no labels: relations {relations} % right (always the commonest: '
+          f"{100*SpatialRelations().chance((4, 4))['acc']:.1f}), positions {places} % (a guess: 6.2)")
     print(f"RelViT over supervised, equal compute: {gain(results['relvit'], results['supervised_all'])}")
     print(f"RelViT over supervised, same finetuning steps: {gain(results['relvit'], results['supervised'])}")
-    print(f'\n{time.time() - began:.0f} s. Figure: {folder}/demo.png  Weights for timm: {folder}/relvit_digits.safetensors  Numbers: {folder}/demo.json')
+    print(f'\n{seconds} s. In {folder}/: the figure demo.png, weights for timm relvit_digits.safetensors, numbers demo.json')
     print('Next: `make lab` and open 35_learner.ipynb, or `make demo ARGS="--all"` for joint training and more seeds.')

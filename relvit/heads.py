@@ -14,12 +14,14 @@ class PairHead(nn.Module):
     "Logits for every pair of tokens: (b,n,d) to (b,k,n,n), row i is the query. Eq. 8 of RelViT"
     def __init__(self, dim:int, # token width d
                  k:int, # answers a pair: classes, or 1 for a distance
-                 kind='qk'): # 'qk': factorised as released, rank d//k; 'bilinear': Eq. 8 to the letter, a d x d matrix each
+                 kind='qk'): # 'qk': as released, factorised, rank d//k; 'bilinear': Eq. 8, a d x d matrix each
         super().__init__()
         if kind not in ('qk', 'bilinear'): raise ValueError(f"kind is 'qk' or 'bilinear', not {kind!r}")
-        if kind == 'qk' and k > dim: raise ValueError(f'{k} classes leave no width of {dim} for each; use kind="bilinear"')
+        if kind == 'qk' and k > dim:
+            raise ValueError(f'{k} classes leave no width of {dim} for each; use kind="bilinear"')
         self.k, self.kind, self.width = k, kind, dim//k if kind == 'qk' else dim
-        if kind == 'qk': self.qk = nn.Linear(dim, 2*k*self.width, bias=False) # all queries, then all keys, class after class
+        if kind == 'qk':
+            self.qk = nn.Linear(dim, 2*k*self.width, bias=False) # all queries, then all keys, class after class
         else: self.w = nn.Linear(dim, k*dim, bias=False)
 
     def forward(self, z:Tensor # (b,n,d)
@@ -53,10 +55,12 @@ class ClassHead(nn.Module):
 
     def forward(self, t # `Tokens`
                ) -> Tensor: # (b,k)
-        if self.pool == 'cls' and t.cls is None: raise ValueError("pool='cls', but the encoder has no class token; use 'mean' or 'flat'")
+        if self.pool == 'cls' and t.cls is None:
+            raise ValueError("pool='cls', but the encoder has no class token; use 'mean' or 'flat'")
         x = dict(cls=lambda: t.cls, mean=lambda: t.patches.mean(1), flat=lambda: t.patches.flatten(1))[self.pool]()
         if x.shape[-1] != self.fc.in_features:
-            raise ValueError(f"pool='flat' was built for {self.fc.in_features//t.patches.shape[-1]} patches, the image has {t.patches.shape[1]}")
+            n, d = t.patches.shape[1:]
+            raise ValueError(f"pool='flat' was built for {self.fc.in_features//d} patches, the image has {n}")
         return self.fc(x)
 
     def extra_repr(self): return f'pool={self.pool!r}'

@@ -14,7 +14,8 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import (AugmentPatches, AutoCast, LeakWarning, MegaPatches, PatchRelations, PermutePatches, task_metrics)
+from .callbacks import (AugmentPatches, AutoCast, LeakWarning, MegaPatches, PatchRelations, PermutePatches,
+                              task_metrics)
 from .patches import pair
 from .recipes import get_recipe
 from .tasks import Classification, RelViT, make_tasks
@@ -64,12 +65,13 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
     return TokenEncoder(encoder, mean=getattr(dls, 'mean', None), std=getattr(dls, 'std', None), **kwargs)
 
 # %% ../nbs/35_learner.ipynb #47b5980a
+def _opt_func(recipe): return partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all))
+
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
     "A Learner over `RelViT`: AdamW of the recipe, a table with every task"
-    opt = partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all))
     cbs = [PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *L(cbs)]
-    learn = Learner(dls, model, loss_func=model.loss, opt_func=opt, splitter=split_parameters, lr=recipe.lr, wd=recipe.wd,
-                    metrics=task_metrics(model), cbs=cbs, **kwargs)
+    learn = Learner(dls, model, loss_func=model.loss, opt_func=_opt_func(recipe), splitter=split_parameters,
+                    lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs, **kwargs)
     learn.recipe = recipe
     return learn
 
@@ -79,9 +81,10 @@ def fit_recipe(self:Learner, n_epoch:int, recipe=None, # a `Recipe` or its name;
     "Train by a recipe: its optimiser, its schedule over all steps, its clipping"
     recipe = get_recipe(recipe or self.recipe)
     if recipe != self.recipe or self.opt is None: # another recipe means another optimiser
-        self.recipe, self.opt_func = recipe, partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all))
+        self.recipe, self.opt_func = recipe, _opt_func(recipe)
         self.create_opt()
-    self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler({'lr': recipe.lr_at}), GradientClip(recipe.clip)])
+    cbs = L(cbs) + [ParamScheduler({'lr': recipe.lr_at}), GradientClip(recipe.clip)]
+    self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=cbs)
 
 # %% ../nbs/35_learner.ipynb #6d01b783
 def _patch_callbacks(encoder, mega, augment, permute):
@@ -89,7 +92,8 @@ def _patch_callbacks(encoder, mega, augment, permute):
     if permute is None: permute = not encoder.is_vit
     if augment is True: augment = {}
     return [*([MegaPatches(**mega) if isinstance(mega, dict) else MegaPatches(mega)] if mega else []),
-            *([AugmentPatches(augment)] if augment not in (False, None) else []), *([PermutePatches()] if permute else [])]
+            *([AugmentPatches(augment)] if augment not in (False, None) else []),
+            *([PermutePatches()] if permute else [])]
 
 def _mega_grid(mega): return None if not mega else pair(mega['side'] if isinstance(mega, dict) else mega)
 
@@ -139,7 +143,7 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
 # %% ../nbs/35_learner.ipynb #154e9a32
 def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # see `make_tasks`
                   classes:int=None, pool=None, # for 'labels', see `finetune_learner`
-                  leak=False, # False: relations see a shuffled, augmented view without positions; 'paper': the classifier's view
+                  leak=False, # False: relations see a shuffled view without positions; 'paper': the classifier's
                   mega=None, augment=True, permute=True, # of the second view
                   img_size=None, p=None, recipe='default', amp=False, seed:int=None, cbs=None, path=None,
                   **kwargs # for `TokenEncoder`

@@ -51,7 +51,8 @@ def logistic(x:Tensor, y:Tensor, tx:Tensor, ty:Tensor, # as for `knn`
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(x.numpy(), y.numpy()).score(tx.numpy(), ty.numpy())
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
+    return model.fit(x.numpy(), y.numpy()).score(tx.numpy(), ty.numpy())
 
 # %% ../nbs/40_probe.ipynb #23e8bfd7
 def _known(x, y): return x[y >= 0], y[y >= 0]
@@ -69,7 +70,8 @@ def pixel_baselines(train, test # two sets of images
     "What raw pixels are worth: majority class, nearest neighbour, logistic regression, SVM with a Gaussian kernel"
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
-    (x, y), (tx, ty) = (_known(*((lambda x, y: (x.flatten(1).float()/255, y))(*ds.batch(torch.arange(len(ds)))))) for ds in (train, test))
+    (x, y), (tx, ty) = (_known(*ds.batch(torch.arange(len(ds)))) for ds in (train, test))
+    x, tx = (v.flatten(1).float()/255 for v in (x, tx))
     fit = lambda model: model.fit(x.numpy(), y.numpy()).score(tx.numpy(), ty.numpy())
     return dict(majority=(ty == y.mode().values).float().mean().item(), nearest=fit(KNeighborsClassifier(1)),
                 logistic=logistic(x, y, tx, ty), svm=fit(SVC(C=10)))

@@ -43,7 +43,8 @@ class Recipe:
     drop_path:float = 0. # stochastic depth of a backbone that is built by name
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES: raise ValueError(f"schedule is {' or '.join(map(repr, SCHEDULES))}, not {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {' or '.join(map(repr, SCHEDULES))}, not {self.schedule!r}")
         for k in ('lr', 'clip'):
             if not getattr(self, k) > 0: raise ValueError(f'{k} must be above 0, not {getattr(self, k)}')
 
@@ -54,7 +55,8 @@ class Recipe:
 
 RECIPES = {r.name: r for r in (
     Recipe('default'),
-    Recipe('reference', lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, decay_all=True, schedule='reference', drop_path=.1))}
+    Recipe('reference', lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, decay_all=True, schedule='reference',
+           drop_path=.1))}
 
 # %% ../nbs/30_recipes.ipynb #a1442b22
 def get_recipe(recipe # a `Recipe` or the name of one
@@ -63,5 +65,6 @@ def get_recipe(recipe # a `Recipe` or the name of one
     if isinstance(recipe, Recipe): return recipe
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, 1)
-        raise ValueError(f'no recipe is called {recipe!r}; there are {", ".join(RECIPES)}' + (f' (did you mean {near[0]!r}?)' if near else ''))
+        hint = f' (did you mean {near[0]!r}?)' if near else ''
+        raise ValueError(f'no recipe is called {recipe!r}; there are {", ".join(RECIPES)}{hint}')
     return RECIPES[recipe]

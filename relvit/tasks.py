@@ -24,7 +24,7 @@ TASKS = {} # every task by its name
 class Task(nn.Module):
     "A question to the tokens. Say `make_head` and `target`; the rest is classification with classes in dimension 1"
     name = '' # under which `tasks=` finds it
-    view = 'patches' # the view it asks: 'patches' (may be shuffled, augmented, without positions) or 'image' (untouched)
+    view = 'patches' # which view it asks: 'patches' may be shuffled and augmented, 'image' is untouched
     shown = ('acc',) # metrics in the table of a Learner
 
     def __init__(self, weight=1.): # its share in the sum of losses
@@ -42,7 +42,8 @@ class Task(nn.Module):
         if self.head is None: self.head = self.make_head(encoder, self.grid)
         return self
 
-    def make_head(self, encoder, grid): raise NotImplementedError(f'{type(self).__name__} must say make_head(encoder, grid)')
+    def make_head(self, encoder, grid):
+        raise NotImplementedError(f'{type(self).__name__} must say make_head(encoder, grid)')
     def target(self, pos, grid): raise NotImplementedError(f'{type(self).__name__} must say target(pos, grid)')
     def forward(self, tokens): return self.head(tokens.patches)
     def truth(self, t:Truth): return self.target(t.pos, t.grid)
@@ -80,15 +81,17 @@ class SpatialRelations(Task):
 
     def make_head(self, encoder, grid): return PairHead(encoder.dim, 9, self.kind)
     def target(self, pos, grid): return spatial_relations(pos)
-    def loss(self, pred, target): return pair_cross_entropy(pred, target, self.smoothing, self.drop if self.training else 0.)
+    def loss(self, pred, target):
+        return pair_cross_entropy(pred, target, self.smoothing, self.drop if self.training else 0.)
 
     def metrics(self, pred, target):
         hits, n = (pred.argmax(1) == target).flatten(), target.shape[-1]
         each = (torch.zeros(9, device=pred.device).index_add_(0, target.flatten(), hits.float())
                 /target.flatten().bincount(minlength=9))
-        off, there = off_diagonal(n, pred.device), relation_counts(self.grid) if hasattr(self, 'grid') else torch.ones(9)
-        return dict(acc=hits.float().mean(), acc_off=hits.reshape(-1, n, n)[:, off].float().mean() if n > 1 else hits.float().mean(),
-                    **{f'acc_{name}': a for name, a, count in zip(RELATIONS, each, there.tolist()) if count}) # a row of patches has no LT
+        there = relation_counts(self.grid) if hasattr(self, 'grid') else torch.ones(9) # a row of patches has no LT
+        off = off_diagonal(n, pred.device) if n > 1 else torch.ones(1, 1, dtype=torch.bool, device=pred.device)
+        return dict(acc=hits.float().mean(), acc_off=hits.reshape(-1, n, n)[:, off].float().mean(),
+                    **{f'acc_{name}': a for name, a, count in zip(RELATIONS, each, there.tolist()) if count})
 
     def chance(self, grid):
         counts, n = relation_counts(grid), grid[0]*grid[1]
@@ -105,7 +108,8 @@ class AbsolutePositions(Task):
 
     def forward(self, tokens):
         if tokens.grid != self.grid:
-            raise ValueError(f'the head of absolute positions was built for a grid of {self.grid}, these patches form {tokens.grid}')
+            raise ValueError(f'the head of absolute positions was built for a grid of {self.grid}, '
+                             f'these patches form {tokens.grid}')
         return self.head(tokens.patches).mT
 
 # %% ../nbs/20_tasks.ipynb #65d5d97b
@@ -154,7 +158,8 @@ class Directions(Task):
         return ((pred.float() - circle).square()*off).sum()/(2*len(pred)*off.sum()).clamp(min=1)
 
     def metrics(self, pred, target):
-        off = (torch.atan2(pred[:, 1].float(), pred[:, 0].float()) - target)[:, off_diagonal(target.shape[-1], pred.device)]
+        off = torch.atan2(pred[:, 1].float(), pred[:, 0].float()) - target
+        off = off[:, off_diagonal(target.shape[-1], pred.device)]
         return dict(degrees=torch.atan2(off.sin(), off.cos()).abs().rad2deg().sum()/max(off.numel(), 1))
 
     def chance(self, grid): return dict(degrees=90.)
@@ -191,7 +196,8 @@ def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to
               ) -> dict[str, Task]:
     "Tasks by name from what a user wrote. Raises ValueError for an unknown name"
     if isinstance(spec, (str, Task, type)): spec = [spec]
-    if isinstance(spec, dict): return {n: w if isinstance(w, Task) else _make_task(n, classes, weight=w) for n, w in spec.items()}
+    if isinstance(spec, dict):
+        return {n: w if isinstance(w, Task) else _make_task(n, classes, weight=w) for n, w in spec.items()}
     tasks = [_make_task(t, classes) for t in spec]
     return {t.name: t for t in tasks}
 
@@ -199,7 +205,8 @@ def _make_task(t, classes, **kwargs):
     if isinstance(t, str):
         if t not in TASKS:
             near = difflib.get_close_matches(t, TASKS, 1)
-            raise ValueError(f'no task is called {t!r}' + (f'; did you mean {near[0]!r}?' if near else f', there are {", ".join(TASKS)}'))
+            hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(TASKS)}'
+            raise ValueError(f'no task is called {t!r}; {hint}')
         t = TASKS[t]
     if isinstance(t, type): t = t(**kwargs)
     if isinstance(t, Classification) and t.classes is None: t.classes = classes
@@ -225,14 +232,14 @@ class RelViT(nn.Module):
     "An encoder and tasks over its tokens"
     def __init__(self, encoder, # `TokenEncoder`
                  tasks=('relations', 'positions'), # see `make_tasks`
-                 pos_embed=False, # do the relation tasks see the positional embedding? Unshuffled, it gives the answers away
+                 pos_embed=False, # do relation tasks see the positional embedding? Unshuffled, it leaks
                  grid=None, # (h,w) of the view 'patches', where mega-patches change it
                  classes=None): # for 'labels'
         super().__init__()
         self.encoder, self.pos_embed, self.grid = encoder, pos_embed, tuple(grid or encoder.grid)
         self.tasks = nn.ModuleDict({n: t.setup(encoder, self.grid) for n, t in make_tasks(tasks, classes).items()})
         self.scores = {} # losses, and out of training metrics, of the last batch, by 'task_metric'
-        self.last = None # positions and grid of the last batch, for when fastai casts the predictions
+        self._placed = None # positions and grid of the last batch, for when fastai casts the predictions
 
     def passes(self) -> dict:
         "Which task needs which pass: (view, does it see positions) by name"
@@ -253,7 +260,7 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
         logits[name] = self.tasks[name](done[key])
         if view == 'patches': self.grid = done[key].grid
     if pos is None: pos = positions(self.grid, device=x.device).expand(len(x), -1, -1)
-    self.last = pos, self.grid
+    self._placed = pos, self.grid
     return Predictions(logits, pos, self.grid)
 
 # %% ../nbs/20_tasks.ipynb #6fe33d9d
@@ -261,7 +268,7 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
 def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels, for 'labels'
         ) -> Tensor:
     "Weighted sum of the tasks' losses; leaves them, and out of training the metrics, in `scores`"
-    pos, grid = (preds.pos, preds.grid) if getattr(preds, 'pos', None) is not None else self.last
+    pos, grid = (preds.pos, preds.grid) if getattr(preds, 'pos', None) is not None else self._placed
     total, self.scores, t = 0., {}, Truth(pos, grid, y)
     for (name, task), pred in zip(self.tasks.items(), preds):
         target = task.truth(t)
@@ -278,7 +285,8 @@ def chance(self:RelViT) -> dict:
 
 @patch
 def __repr__(self:RelViT):
+    chance = lambda t: ' '.join(f'{k} {v:.3f}' for k, v in t.chance(self.grid).items())
     rows = [f"  {n:<11} weight {t.weight:<4g} sees {view}, positions {'on' if seen else 'off':<4} "
-            + ' '.join(f"{'chance: ' if i == 0 else ''}{k} {v:.3f}" for i, (k, v) in enumerate(t.chance(self.grid).items()))
+            + (f'chance: {chance(t)}' if chance(t) else '')
             for (n, t), (view, seen) in zip(self.tasks.items(), self.passes().values())]
     return '\n'.join([f'RelViT({self.encoder!r}', *rows]) + ')'

@@ -28,7 +28,8 @@ class Tokens:
 
     def __repr__(self):
         b, n, d = self.patches.shape
-        return f"Tokens({b} images, {self.grid[0]} x {self.grid[1]} patches, d {d}, {'no ' if self.cls is None else ''}class token)"
+        (h, w), some = self.grid, 'no ' if self.cls is None else ''
+        return f'Tokens({b} images, {h} x {w} patches, d {d}, {some}class token)'
 
 # %% ../nbs/10_tokens.ipynb #b58f8edc
 class TokenEncoder(nn.Module):
@@ -39,11 +40,12 @@ class TokenEncoder(nn.Module):
                  p=None, # side in pixels of what one token covers; the model's own if None
                  pos_embed=True, # True (learnt), False (there, but off until asked for), or 'sincos' (fixed)
                  cls=True, # with a class token, where the backbone can have one
-                 pos_std=None, # initial spread of the positional embedding: None is .02 for learnt, the plain waves for 'sincos'
+                 pos_std=None, # initial spread of the embedding; None: .02 if learnt, the waves as they are
                  mean=None, std=None, # of images in [0,1], one number or one a channel; the model's own if None
                  **kwargs): # for `timm.create_model`: embed_dim, depth, num_heads, in_chans, drop_path_rate...
         super().__init__()
-        self.config = dict(name=name_or_model, img_size=img_size, p=p, pos_embed=pos_embed, cls=cls, pos_std=pos_std, **kwargs)
+        self.config = dict(name=name_or_model, img_size=img_size, p=p, pos_embed=pos_embed, cls=cls, pos_std=pos_std,
+                           **kwargs)
         if isinstance(name_or_model, nn.Module): self.model, self.config['name'] = name_or_model, None
         else: self.model = _create(name_or_model, img_size, p, cls, kwargs)
         self.pos_embed = bool(pos_embed)
@@ -68,13 +70,15 @@ def _measure(self:TokenEncoder, img_size, p):
     "Find out `dim`, `grid`, `p` and the image size"
     m = self.model
     self.is_vit = isinstance(m, VisionTransformer)
-    size = pair(img_size or getattr(getattr(m, 'patch_embed', None), 'img_size', None) or m.default_cfg['input_size'][1:])
+    own = getattr(getattr(m, 'patch_embed', None), 'img_size', None)
+    size = pair(img_size or own or m.default_cfg['input_size'][1:])
     if self.is_vit: side, self.dim = m.patch_embed.patch_size, m.embed_dim
     else:
         tokens = _look(self, torch.zeros(1, self.in_chans, *size))
         side, self.dim = tuple(s//g for s, g in zip(size, tokens.grid)), tokens.patches.shape[-1]
     if p is not None and pair(p) != tuple(side):
-        raise ValueError(f'one token of this {type(m).__name__} covers {side[0]} x {side[1]} pixels; p={p} is not possible, leave it out')
+        raise ValueError(f'one token of this {type(m).__name__} covers {side[0]} x {side[1]} pixels; '
+                         f'p={p} is not possible, leave it out')
     self.grid, self.img_size = grid_of(size, side), size
     self.p = side[0] if side[0] == side[1] else tuple(side)
 
@@ -124,8 +128,8 @@ def _embed(self:TokenEncoder, x, pos_embed):
 @patch
 def _norm(self:TokenEncoder, x, grid):
     "Last block's output to `Tokens`"
-    m, y = self.model, self.model.norm(x)
-    return Tokens(None if m.cls_token is None else y[:, 0], y[:, m.num_prefix_tokens:], x[:, m.num_prefix_tokens:], grid)
+    y, first = self.model.norm(x), self.model.num_prefix_tokens
+    return Tokens(y[:, 0] if self.has_cls else None, y[:, first:], x[:, first:], grid)
 
 # %% ../nbs/10_tokens.ipynb #8fc38bf1
 def _flat(x, fmt, prefix):
@@ -145,7 +149,8 @@ def _any(self:TokenEncoder, x):
     fmt, prefix = getattr(m, 'output_fmt', 'NCHW'), getattr(m, 'num_prefix_tokens', 0)
     patches, grid = _flat(y, fmt, prefix)
     before = _flat(caught[-1], fmt, prefix)[0] if caught else patches
-    return Tokens(y[:, 0] if y.ndim == 3 and prefix else None, patches, before, grid or m.patch_embed.dynamic_feat_size(size))
+    grid = grid or m.patch_embed.dynamic_feat_size(size)
+    return Tokens(y[:, 0] if y.ndim == 3 and prefix else None, patches, before, grid)
 
 # %% ../nbs/10_tokens.ipynb #faa8d623
 @patch
@@ -173,8 +178,8 @@ def forward(self:TokenEncoder, x:Tensor, # (b,c,H,W) images, uint8 or float in [
 @patch
 def __repr__(self:TokenEncoder):
     name, (h, w) = self.config['name'] or type(self.model).__name__, self.grid
-    return (f'TokenEncoder({name}: {self.img_size[0]} x {self.img_size[1]} px, p {self.p}, grid {h} x {w}, d {self.dim}, '
-            f'{sum(q.numel() for q in self.model.parameters())/1e6:.2f} M parameters, '
+    return (f'TokenEncoder({name}: {self.img_size[0]} x {self.img_size[1]} px, p {self.p}, grid {h} x {w}, '
+            f'd {self.dim}, {sum(q.numel() for q in self.model.parameters())/1e6:.2f} M parameters, '
             f"positions {'fixed' if not self.is_vit else 'on' if self.pos_embed else 'off'})")
 
 # %% ../nbs/10_tokens.ipynb #8c6049c8
@@ -188,7 +193,8 @@ def sees_positions(self:TokenEncoder, pos_embed:bool=None # as it would be given
 @patch
 def _init_positions(self:TokenEncoder, sincos, std):
     "Start the positional embedding anew"
-    if not self.is_vit or self.model.pos_embed is None: raise ValueError(f'{self!r} has no positional embedding to start anew')
+    if not self.is_vit or self.model.pos_embed is None:
+        raise ValueError(f'{self!r} has no positional embedding to start anew')
     w = self.model.pos_embed
     if not sincos: return trunc_normal_(w, std=std)
     waves = build_sincos2d_pos_embed(list(self.grid), self.dim, interleave_sin_cos=False)
@@ -204,7 +210,8 @@ def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding 
     prefix = self.model.pos_embed.shape[1] - math.prod(self.grid)
     n = w.shape[1] - prefix
     grid = tuple(grid) if grid else (math.isqrt(max(n, 0)),)*2
-    if math.prod(grid) != n or w.shape[-1] != self.dim: raise ValueError(f'an embedding of shape {tuple(w.shape)} does not fit {self!r}')
+    if math.prod(grid) != n or w.shape[-1] != self.dim:
+        raise ValueError(f'an embedding of shape {tuple(w.shape)} does not fit {self!r}')
     return resample_abs_pos_embed(w, list(self.grid), list(grid), num_prefix_tokens=prefix)
 
 # %% ../nbs/10_tokens.ipynb #b99cebc3
@@ -231,7 +238,8 @@ def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
 def _attention_caught(model, caught):
     "While open, every attention of `model` writes its weights into `caught`"
     mods = [m for m in model.modules() if hasattr(m, 'attn_drop') and hasattr(m, 'fused_attn')]
-    fused, hooks = [m.fused_attn for m in mods], [m.attn_drop.register_forward_hook(lambda _, i, o: caught.append(i[0])) for m in mods]
+    fused = [m.fused_attn for m in mods]
+    hooks = [m.attn_drop.register_forward_hook(lambda _, i, o: caught.append(i[0])) for m in mods]
     for m in mods: m.fused_attn = False
     try: yield
     finally:
@@ -240,7 +248,7 @@ def _attention_caught(model, caught):
 @patch
 def attention(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
               pos_embed:bool=None # see `forward`
-             ) -> list[Tensor]: # one (b,heads,N,N) a block, N counts class token and registers; for Swin one row a window
+             ) -> list[Tensor]: # one (b,heads,N,N) a block, N with class token and registers; Swin: a row a window
     "Attention weights of every block; row i is what token i attends to. Raises RuntimeError if none were caught"
     caught = []
     with _attention_caught(self.model, caught): self(x, pos_embed)
