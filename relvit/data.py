@@ -4,7 +4,7 @@
 
 # %% ../nbs/32_data.ipynb #0b81b7c3
 from __future__ import annotations
-import numpy as np, torch
+import warnings, numpy as np, torch
 from functools import partial
 from pathlib import Path
 from fastai.data.core import DataLoaders
@@ -231,13 +231,16 @@ def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folde
                channels=3, steps:int=None, num_workers=2, device=None) -> DataLoaders:
     "A folder of images with or without labels"
     path, side = Path(path), round(size*8/7)
-    part = {n: path/n for n in ('train', 'valid', 'val', 'test') if (path/n).is_dir()}
+    part = {n: path/n for n in ('train', 'valid', 'val', 'test') if (path/n).is_dir() and (path/'train').is_dir()}
     train = image_files(part.get('train', path), side, channels)
     rest = {n: image_files(p, side, channels, train.vocab) for n, p in part.items() if n != 'train'}
     fits = (len(train) + sum(map(len, rest.values())))*channels*side**2 < memory*1e9
     if fits: train, rest, num_workers = train.load(), {n: d.load() for n, d in rest.items()}, 0
     held = rest.get('valid', rest.get('val'))
     if held is None: train, held = split(train, valid, seed)
+    elif train.vocab and (held.y < 0).all():
+        warnings.warn(f'no folder of the validation images has a class of the training images ({", ".join(train.vocab[:3])}...): '
+                      'they count as unlabelled, and the accuracy on them is 0')
     if labels: train = few_labels(train, labels, seed)
     crop = [partial(random_resized_crop, size=size, scale=scale)] + [random_flip]*flip
     return image_dls(train, held, rest.get('test'), bs, crop, size, steps, device, num_workers)
