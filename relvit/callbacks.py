@@ -57,7 +57,7 @@ class PatchCallback(Callback):
 # %% ../nbs/33_callbacks.ipynb #e6fe2939
 class MegaPatches(PatchCallback):
     "Cuts each image by random lines into mega-patches. RelViT's extension. See `PatchCallback`"
-    order = 10
+    order = 5
     def __init__(self, side, # mega-patches a side, int or (rows, columns)
                  antialias=True, same_cuts=False, # see `relvit.patches.mega_patches`
                  valid=True, seed=0):
@@ -68,7 +68,7 @@ class MegaPatches(PatchCallback):
 
 class AugmentPatches(PatchCallback):
     "Augments each patch by itself, in [0,1], in training only unless `valid`. See `PatchCallback`"
-    order = 11
+    order = 6
     def __init__(self, augment=None, # a `PatchAugment`, or keywords for one as a dict; RelViT's if None
                  valid=False, seed=0):
         super().__init__(valid, seed)
@@ -81,19 +81,19 @@ class AugmentPatches(PatchCallback):
 # %% ../nbs/33_callbacks.ipynb #93c88cfb
 class PermutePatches(PatchCallback):
     "Shuffles the patches of each image; sets `learn.perms` (b,n): slot a shows patch perms[:,a]. See `PatchCallback`"
-    order = 12
+    order = 7
     def change(self, x):
         h, w = grid_of(x, self.p)
         self.learn.perms = random_perms(len(x), h*w, self.generator, x.device)
-        self.numbers = range(h*w), self.learn.perms[0].tolist()
+        self.shown = self.learn.perms[0]
         return permute(x, self.learn.perms, self.p)
-    def draw(self, x, ax, title): show_patches(x, self.p, self.numbers[title != 'before'], ax, title)
+    def draw(self, x, ax, title): show_patches(x, self.p, None if title == 'before' else self.shown.tolist(), ax, title)
 
 # %% ../nbs/33_callbacks.ipynb #2af4d445
 class PatchRelations(Callback):
     """Hands the original positions of the patches to the model. Reads `learn.model.encoder.p`, `learn.xb` and
     `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions)"""
-    order = 13
+    order = 8
     def before_batch(self):
         x, patches, _ = (*self.learn.xb, None, None)[:3]
         view, perms = x if patches is None else patches, self.learn.__dict__.pop('perms', None)

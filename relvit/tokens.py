@@ -74,7 +74,8 @@ def _measure(self:TokenEncoder, img_size, p):
     size = pair(img_size or own or m.default_cfg['input_size'][1:])
     if self.is_vit: side, self.dim = m.patch_embed.patch_size, m.embed_dim
     else:
-        tokens = _look(self, torch.zeros(1, self.in_chans, *size))
+        black = torch.zeros(1, self.in_chans, *size, device=next(m.parameters()).device)
+        tokens = _look(self, black)
         side, self.dim = tuple(s//g for s, g in zip(size, tokens.grid)), tokens.patches.shape[-1]
     if p is not None and pair(p) != tuple(side):
         raise ValueError(f'one token of this {type(m).__name__} covers {side[0]} x {side[1]} pixels; '

@@ -72,6 +72,20 @@ def test_fastai_s_mixed_precision_casts_the_predictions():
     assert losses[0] == losses[1]
 
 
+def test_mixed_precision_leaves_images_alone():
+    "patches are enlarged, augmented and shuffled in float32, whatever the network runs in"
+    made = {}
+    for amp in (False, True):
+        learn = pretrain_learner(dls(), name, mega=3, permute=True, seed=0, amp=amp, **small)
+        with learn.no_bar(), learn.no_logging(): learn.validate()
+        made[amp] = learn.permute_patches.last[1]
+    assert torch.equal(made[False].float()/255, made[True].float()/255)
+    learn.augment_patches.run_valid = True
+    with learn.no_bar(), learn.no_logging(): learn.validate()
+    x = learn.augment_patches.last[1]
+    assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+
+
 def test_mega_patches_reach_tasks_and_heads():
     learn = fitted(pretrain_learner(dls(), name, ('relations', 'positions', 'distances'), mega=3, **small))
     assert learn.model.grid == (3, 3) and learn.model.tasks['positions'].head.out_features == 9
