@@ -14,7 +14,7 @@ from .patches import _rand, grid_of, pair, resample, resample_matrix
 __all__ = ['crop_patches', 'stretch', 'colour_matrix', 'mean_grey', 'recolour', 'PatchAugment', 'parse_augment', 'random_flip',
            'random_shift', 'random_resized_crop']
 
-# %% ../nbs/31_augment.ipynb #5a967bc8
+# %% ../nbs/31_augment.ipynb #d495b950
 def _window(x, sizes, tops, lefts):
     "(b,c,H,W) and (b,n) corners to (b,n,c,*sizes), whatever lies below and right of each corner"
     views = x.unfold(2, sizes[0], 1).unfold(3, sizes[1], 1).permute(0, 2, 3, 1, 4, 5)
@@ -35,7 +35,7 @@ def crop_patches(x:Tensor, # (b,c,H,W)
     y, z = (_offsets(q - s, (b, h*w), generator, x.device) for q, s in zip((ph, pw), size))
     return _window(x, size, i//w*ph + y, i%w*pw + z)
 
-# %% ../nbs/31_augment.ipynb #6818ed04
+# %% ../nbs/31_augment.ipynb #f5f1f940
 def stretch(crops:Tensor, # (b,n,c,s,t) uint8 or float
             p # side of a patch in pixels, int or (ph,pw)
            ) -> Tensor: # (b,n,c,ph,pw) float in [0,1]
@@ -47,7 +47,7 @@ def stretch(crops:Tensor, # (b,n,c,s,t) uint8 or float
     if size[0]*size[1] <= 64: return (crops.float().flatten(-2) @ (torch.kron(rows, cols)*scale).T).unflatten(-1, p)
     return rows @ (crops.float() @ (cols*scale).T)
 
-# %% ../nbs/31_augment.ipynb #83e1c5c9
+# %% ../nbs/31_augment.ipynb #d4ab63d1
 _to_yiq = torch.tensor([[.299, .587, .114], [.5959, -.2746, -.3213], [.2115, -.5227, .3112]])
 _from_yiq = _to_yiq.inverse()
 _grey = _to_yiq[:1].expand(3, -1)
@@ -78,7 +78,7 @@ def recolour(patches:Tensor, # (...,c,h,w) in [0,1]
     m = colour_matrix(brightness, contrast, saturation, hue).flatten(0, -3)
     return torch.baddbmm(bias.flatten(0, -3), m, patches.flatten(-2).flatten(0, -3)).view(patches.shape)
 
-# %% ../nbs/31_augment.ipynb #8f0cab43
+# %% ../nbs/31_augment.ipynb #1da26558
 @dataclass(repr=False)
 class PatchAugment:
     "Augments every patch by itself: (b,c,H,W) uint8 or [0,1] to float in [0,1]. ValueError for a bad share"
@@ -116,7 +116,7 @@ class PatchAugment:
         show = lambda v: f'{v:.3g}' if isinstance(v, float) else str(v)
         return f"PatchAugment({', '.join(f'{f.name}={show(getattr(self, f.name))}' for f in fields(self))})"
 
-# %% ../nbs/31_augment.ipynb #1da26558
+# %% ../nbs/31_augment.ipynb #5190abe5
 @patch
 def colours(self:PatchAugment, patches, generator=None):
     "Draw and apply the colours of (b,n,c,ph,pw) patches"
@@ -136,7 +136,7 @@ def replace(self:PatchAugment, patches, generator=None):
     noise = torch.randn(patches.shape, generator=generator, device=device).to(patches.device)
     return torch.where(chosen, .5 + .25*noise, patches)
 
-# %% ../nbs/31_augment.ipynb #57f5f071
+# %% ../nbs/31_augment.ipynb #19896527
 def parse_augment(text:str, # like 'colJitter:0.8-grayScale:0.2-randomNoise:0.2', or 'none'
                   p # side of a patch in pixels
                  ) -> PatchAugment|None:
@@ -150,7 +150,7 @@ def parse_augment(text:str, # like 'colJitter:0.8-grayScale:0.2-randomNoise:0.2'
         probs[known[name]] = float(prob or 1)
     return PatchAugment(p, **probs)
 
-# %% ../nbs/31_augment.ipynb #ce616e6b
+# %% ../nbs/31_augment.ipynb #4f791958
 def random_flip(x:Tensor, # (b,c,H,W)
                 prob=.5, generator:torch.Generator=None) -> Tensor:
     "Mirror each image with a probability. Only for classes that survive it"

@@ -17,7 +17,7 @@ from .relations import spatial_relations
 __all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'TaskMetric', 'task_metrics',
            'AutoCast', 'LeakWarning']
 
-# %% ../nbs/33_callbacks.ipynb #14181c95
+# %% ../nbs/33_callbacks.ipynb #ca62e9f8
 class PatchCallback(Callback):
     """Changes the patches of each batch. Reads `learn.model.encoder.p` and `.tasks`; reads and sets `learn.xb`,
     which becomes (x, patches or None, positions or None)"""
@@ -54,7 +54,7 @@ class PatchCallback(Callback):
     def __repr__(self): return f'{type(self).__name__}({self.settings()})'
     def settings(self): return f'valid={self.run_valid}'
 
-# %% ../nbs/33_callbacks.ipynb #e6fe2939
+# %% ../nbs/33_callbacks.ipynb #a8eeaf93
 class MegaPatches(PatchCallback):
     "Cuts each image by random lines into mega-patches. RelViT's extension. See `PatchCallback`"
     order = 5
@@ -78,7 +78,7 @@ class AugmentPatches(PatchCallback):
         return self.augment(x, generator=self.generator)
     def settings(self): return repr(self.augment or 'RelViT\'s')
 
-# %% ../nbs/33_callbacks.ipynb #93c88cfb
+# %% ../nbs/33_callbacks.ipynb #8867bccf
 class PermutePatches(PatchCallback):
     "Shuffles the patches of each image; sets `learn.perms` (b,n): slot a shows patch perms[:,a]. See `PatchCallback`"
     order = 7
@@ -89,7 +89,7 @@ class PermutePatches(PatchCallback):
         return permute(x, self.learn.perms, self.p)
     def draw(self, x, ax, title): show_patches(x, self.p, None if title == 'before' else self.shown.tolist(), ax, title)
 
-# %% ../nbs/33_callbacks.ipynb #2af4d445
+# %% ../nbs/33_callbacks.ipynb #ae69c20e
 class PatchRelations(Callback):
     """Hands the original positions of the patches to the model. Reads `learn.model.encoder.p`, `learn.xb` and
     `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions)"""
@@ -113,7 +113,7 @@ class PatchRelations(Callback):
         show_relations(spatial_relations(pos), axs[1], 'what is true')
         return fig
 
-# %% ../nbs/33_callbacks.ipynb #fd1c1233
+# %% ../nbs/33_callbacks.ipynb #cd163c32
 class TaskMetric(Metric):
     "The mean over an epoch of one entry of `learn.model.scores`. Reads `learn.model`, `learn.xb`"
     def __init__(self, key): store_attr()
@@ -132,7 +132,7 @@ def task_metrics(model # `RelViT`
     "Loss and shown metrics of every task"
     return [TaskMetric(f'{n}_{k}') for n, t in model.tasks.items() for k in ('loss', *t.shown)]
 
-# %% ../nbs/33_callbacks.ipynb #92df5b8c
+# %% ../nbs/33_callbacks.ipynb #cea32e05
 class AutoCast(Callback):
     "Forward pass and loss in `dtype` where torch finds it safe, on CPU and GPU. Reads `learn.model`"
     order = 9
@@ -146,7 +146,7 @@ class AutoCast(Callback):
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
 
-# %% ../nbs/33_callbacks.ipynb #00e72fd0
+# %% ../nbs/33_callbacks.ipynb #ac523b73
 class LeakWarning(Callback):
     "Warns once if the relation tasks can read their answers off the positions. Reads `learn.model` and `learn.cbs`"
     def before_fit(self):

@@ -17,7 +17,7 @@ from .tokens import TokenEncoder
 # %% auto #0
 __all__ = ['write_whole', 'save', 'read_meta', 'Report', 'load', 'load_encoder', 'Export', 'export_timm']
 
-# %% ../nbs/34_checkpoint.ipynb #79184cc8
+# %% ../nbs/34_checkpoint.ipynb #3bc6b65f
 def write_whole(path, # where the file shall be
                 write # function of a path that writes it
                ) -> Path:
@@ -36,7 +36,7 @@ def write_whole(path, # where the file shall be
     finally: Path(tmp).unlink(missing_ok=True)
     return path
 
-# %% ../nbs/34_checkpoint.ipynb #83b4b0bd
+# %% ../nbs/34_checkpoint.ipynb #46c2b872
 def _model(obj):
     "The module of a Learner, or the module itself"
     model = obj if isinstance(obj, nn.Module) else getattr(obj, 'model', None)
@@ -68,7 +68,7 @@ def read_meta(path) -> dict:
     except Exception as e:
         raise ValueError(f'{path} is not a safetensors file ({e}); pickled checkpoints are not read') from e
 
-# %% ../nbs/34_checkpoint.ipynb #f58489b9
+# %% ../nbs/34_checkpoint.ipynb #cfd629de
 @dataclass
 class Report:
     "What became of the tensors of a file"
@@ -86,7 +86,7 @@ class Report:
         if self.missing: lines.append(f'  not there {some(self.missing)}')
         return '\n'.join(lines)
 
-# %% ../nbs/34_checkpoint.ipynb #cfd629de
+# %% ../nbs/34_checkpoint.ipynb #d0a04c12
 def _named_as(model, names):
     "The prefix that brings names of a file (RelViT's, an encoder's, timm's) to those of `model`"
     depth = 0 if any(n.startswith('encoder.') for n in names) else 1 if any(n.startswith('model.') for n in names) else 2
@@ -119,7 +119,7 @@ def _resized(model, w, meta):
     try: return _encoder(model).resized_positions(w, meta.get('grid'))
     except ValueError: return None
 
-# %% ../nbs/34_checkpoint.ipynb #954b0f7d
+# %% ../nbs/34_checkpoint.ipynb #708fb456
 def load_encoder(path # file of `save`
                 ) -> TokenEncoder:
     "Build the encoder of a file and fill it. Raises ValueError for a file that does not say which"
@@ -130,7 +130,7 @@ def load_encoder(path # file of `save`
     load(path, encoder)
     return encoder
 
-# %% ../nbs/34_checkpoint.ipynb #391eb4f3
+# %% ../nbs/34_checkpoint.ipynb #135c81ac
 @dataclass
 class Export:
     "A timm checkpoint and the arguments of `timm.create_model` that go with it"
@@ -144,7 +144,7 @@ class Export:
         return (f"timm.create_model({self.args['model_name']!r}, {args},\n"
                 f"                  checkpoint_path={str(self.path)!r})" + (f'\n# {self.note}' if self.note else ''))
 
-# %% ../nbs/34_checkpoint.ipynb #135c81ac
+# %% ../nbs/34_checkpoint.ipynb #f61ba826
 def _timm_head(model):
     "Weights, arguments and a note for the classifier of a RelViT, as far as timm has the like"
     task = getattr(model, 'tasks', {}) and model.tasks['labels'] if 'labels' in getattr(model, 'tasks', {}) else None

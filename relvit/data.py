@@ -19,7 +19,7 @@ from .plots import plt, show_image
 __all__ = ['Images', 'split', 'few_labels', 'ImageLoader', 'Augment', 'image_dls', 'statistics', 'digits', 'digits_dls',
            'cifar10', 'cifar10_dls', 'read_image', 'ImageFiles', 'image_files', 'folder_dls']
 
-# %% ../nbs/32_data.ipynb #c3ace3c4
+# %% ../nbs/32_data.ipynb #225eabd7
 class Images:
     "Images of one size with labels, in memory. Raises ValueError where images and labels do not fit together"
     def __init__(self, x:Tensor, # (N,c,H,W) uint8
@@ -44,7 +44,7 @@ class Images:
         size = ' x '.join(map(str, self.shape))
         return f'{self.name}: {len(self)} images {size}, {known} labelled, {len(self.vocab)} classes'
 
-# %% ../nbs/32_data.ipynb #ccbe1075
+# %% ../nbs/32_data.ipynb #0197007e
 def _by_class(y, seed):
     "Indices of each class in random order, unknown labels as a class of their own"
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -70,7 +70,7 @@ def few_labels(ds, per_class:int, # labelled images of each class to keep
     if short: raise ValueError(f'a class has only {min(short)} images, {per_class} were asked for')
     return ds.subset(torch.cat([g[:per_class] for g in groups]).sort().values)
 
-# %% ../nbs/32_data.ipynb #64639474
+# %% ../nbs/32_data.ipynb #cad8af39
 class ImageLoader(DataLoader):
     "A fastai DataLoader that takes whole batches of `Images` by index; `steps` batches an epoch, if given"
     def __init__(self, dataset=None, *args, steps:int=None, **kwargs):
@@ -100,7 +100,7 @@ def _name(f):
     if not isinstance(f, partial): return getattr(f, '__name__', repr(f))
     return f"{f.func.__name__}({', '.join([*map(str, f.args), *(f'{k}={v}' for k, v in f.keywords.items())])})"
 
-# %% ../nbs/32_data.ipynb #cad8af39
+# %% ../nbs/32_data.ipynb #f3684f68
 def _centre(x, size):
     "The middle of each image"
     top, left = (x.shape[-2] - size)//2, (x.shape[-1] - size)//2
@@ -131,7 +131,7 @@ def statistics(ds, most=4096 # images to look at
     x = ds.batch(torch.arange(0, len(ds), max(len(ds)//most, 1)))[0].float().div_(255).transpose(0, 1).flatten(1)
     return [round(v, 4) for v in x.mean(1).tolist()], [round(max(v, 1e-3), 4) for v in x.std(1).tolist()]
 
-# %% ../nbs/32_data.ipynb #70420ee8
+# %% ../nbs/32_data.ipynb #32d6398b
 @patch
 def show_batch(self:ImageLoader, max_n=8, size=1.3):
     "Draw the first images of a batch with their labels"
@@ -142,7 +142,7 @@ def show_batch(self:ImageLoader, max_n=8, size=1.3):
         show_image(img, ax, self.dataset.vocab[label] if label >= 0 else '?')
     return fig
 
-# %% ../nbs/32_data.ipynb #ae863eeb
+# %% ../nbs/32_data.ipynb #eb1202ec
 def digits(size=16 # pixels of a side
           ) -> tuple[Images, Images]: # (train 1197, test 600)
     "scikit-learn's handwritten digits, upscaled; the same stratified test set always"
@@ -164,7 +164,7 @@ def digits_dls(size=16, bs=64,
     augment = [partial(random_shift, pad=shift)] if shift else []
     return image_dls(train, held, test, bs, augment, steps=steps, device=device)
 
-# %% ../nbs/32_data.ipynb #fa0562f9
+# %% ../nbs/32_data.ipynb #293a7e11
 def cifar10(root # folder that holds `cifar-10-batches-py`
            ) -> tuple[Images, Images]: # (train 50000, test 10000)
     "CIFAR-10 in memory. Raises RuntimeError where the files are missing or not the official ones"
@@ -182,7 +182,7 @@ def cifar10_dls(root, bs=256, labels:int=None, # labelled images of each class t
     augment = [partial(random_shift, pad=pad)]*bool(pad) + [random_flip]*flip
     return image_dls(train, held, test, bs, augment, steps=steps, device=device)
 
-# %% ../nbs/32_data.ipynb #75c739fa
+# %% ../nbs/32_data.ipynb #feff83e2
 def read_image(path, side:int, # pixels of the shorter side, then the middle square
                channels=3) -> Tensor: # (c,side,side) uint8
     "An image file, upright, scaled and squared. Raises ValueError for a file that is no image"
@@ -207,7 +207,7 @@ class ImageFiles(Images):
     def shape(self): return self.channels, self.side, self.side
     def load(self): return Images(*self.batch(torch.arange(len(self))), self.vocab, self.name)
 
-# %% ../nbs/32_data.ipynb #feff83e2
+# %% ../nbs/32_data.ipynb #06c97934
 def image_files(path, # folder
                 side:int, # pixels of the shorter side
                 channels=3, vocab=None # names of the classes, if others are to be kept out
@@ -222,7 +222,7 @@ def image_files(path, # folder
     vocab = list(vocab) if vocab is not None else sorted({n for n in names if n})
     return ImageFiles(paths, [vocab.index(n) if n in vocab else -1 for n in names], vocab, side, path.name, channels)
 
-# %% ../nbs/32_data.ipynb #06c97934
+# %% ../nbs/32_data.ipynb #bd5be559
 def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folder says it
                seed=0, labels:int=None, # labelled images of each class to train on; all if None
                flip=True, # False where a mirrored image is another class

@@ -27,7 +27,7 @@ from .tokens import TokenEncoder
 __all__ = ['ARMS', 'Demo', 'Tell', 'arm_supervised', 'arm_supervised_all', 'arm_joint', 'arm_relvit', 'steps_of', 'Progress',
            'run_arms', 'provenance', 'mean_sd', 'gain', 'table', 'figure', 'demo']
 
-# %% ../nbs/60_experiments.ipynb #921e6dad
+# %% ../nbs/60_experiments.ipynb #26081666
 @dataclass(frozen=True)
 class Demo:
     "Sizes and steps of the demo"
@@ -49,7 +49,7 @@ class Demo:
         return TokenEncoder('vit_tiny_patch16_224', img_size=16, p=4, in_chans=1, pos_std=.2, mean=dls.mean, std=dls.std,
                             embed_dim=self.dim, depth=self.depth, num_heads=self.heads)
 
-# %% ../nbs/60_experiments.ipynb #26081666
+# %% ../nbs/60_experiments.ipynb #86812c42
 ARMS = dict( # name: what it is, in the words of the table
     relvit='RelViT: pretrained on relations, then finetuned',
     supervised='supervised, same finetuning steps',
@@ -60,7 +60,7 @@ ARMS = dict( # name: what it is, in the words of the table
     pixels_svm='SVM on pixels', pixels_nearest='nearest neighbour on pixels', pixels_logistic='logistic regression on pixels',
     majority='majority class')
 
-# %% ../nbs/60_experiments.ipynb #2ed906a8
+# %% ../nbs/60_experiments.ipynb #3a533c48
 class Tell(Callback):
     "Calls `tell` with the number of steps done since it last did. Reads nothing of the Learner"
     run_valid = False
@@ -79,7 +79,7 @@ def _test(learn):
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=learn.dls.test)
     return dict(zip(learn.recorder.metric_names[2:], values))['labels_acc'] if values else None
 
-# %% ../nbs/60_experiments.ipynb #3a533c48
+# %% ../nbs/60_experiments.ipynb #15dfd359
 def _few(cfg, seed, steps): return digits_dls(bs=cfg.bs, labels=cfg.labels, seed=seed, steps=steps, device='cpu')
 
 def _supervised(cfg, seed, steps, tell):
@@ -108,7 +108,7 @@ def arm_joint(cfg, seed, tell, out):
     learn = joint_learner(dls, cfg.encoder(dls), pool=cfg.pool, augment=False, recipe=cfg.recipe(cfg.lr), seed=seed)
     return dict(joint=_test(_fit(learn, tell)))
 
-# %% ../nbs/60_experiments.ipynb #15dfd359
+# %% ../nbs/60_experiments.ipynb #9d3fbec9
 def arm_relvit(cfg, seed, tell, out):
     "Pretrain without labels, finetune with few; the first seed leaves its weights and a look at its relations"
     unlabelled = digits_dls(bs=cfg.bs, seed=seed, steps=cfg.pretrain, device='cpu')
@@ -130,7 +130,7 @@ def steps_of(arm:str, cfg:Demo) -> int:
     "Steps that an arm trains for"
     return cfg.finetune if arm == 'supervised' else cfg.all_steps
 
-# %% ../nbs/60_experiments.ipynb #5469e279
+# %% ../nbs/60_experiments.ipynb #2618f6ed
 _queue = None
 def _start(queue):
     global _queue
@@ -157,7 +157,7 @@ class Progress:
     def close(self):
         if self.live: print(file=self.file)
 
-# %% ../nbs/60_experiments.ipynb #2618f6ed
+# %% ../nbs/60_experiments.ipynb #285719a6
 def run_arms(arms, seeds, cfg:Demo=Demo(), out=None, workers=None, quiet=False) -> dict: # {result: [one a seed]}
     "Run every arm with every seed, `workers` processes at a time; the first seed's weights go to `out`"
     jobs = sorted([(a, s) for s in seeds for a in arms], key=lambda j: -steps_of(j[0], cfg))
@@ -179,7 +179,7 @@ def run_arms(arms, seeds, cfg:Demo=Demo(), out=None, workers=None, quiet=False) 
     keys = [k for a in arms for k in got[a, seeds[0]]]
     return {k: [next(got[a, s][k] for a in arms if k in got[a, s]) for s in seeds] for k in keys}
 
-# %% ../nbs/60_experiments.ipynb #949ae1c5
+# %% ../nbs/60_experiments.ipynb #a749b2f3
 def provenance() -> dict:
     "Where and with what a result was made"
     here = Path(__file__).parent if '__file__' in globals() else None
@@ -192,7 +192,7 @@ def provenance() -> dict:
                 python=platform.python_version(), versions={p: version(p) for p in packages},
                 date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 
-# %% ../nbs/60_experiments.ipynb #0d5dd1a6
+# %% ../nbs/60_experiments.ipynb #5ac046ea
 def mean_sd(values) -> str:
     "Mean and standard deviation over seeds, in %"
     return f'{100*statistics.mean(values):5.1f}' + (f' ± {100*statistics.stdev(values):.1f}' if len(values) > 1 else '')
@@ -214,7 +214,7 @@ def table(results:dict, # of `run_arms`
         return '\n'.join(['| | test accuracy, % | each seed |', '|---|---|---|', *lines])
     return '\n'.join(f'{a:<50s}{b:<12s}  {c}' for a, b, c in rows)
 
-# %% ../nbs/60_experiments.ipynb #c5874b6b
+# %% ../nbs/60_experiments.ipynb #73ac684c
 def figure(look:dict, # image, predicted relations and positions of one digit
            results:dict):
     "One digit and its patches, its true and predicted relations, and the table as bars"
@@ -237,7 +237,7 @@ def figure(look:dict, # image, predicted relations and positions of one digit
     axs[3].set(xlabel=f'test accuracy, %, from {left} on: mean, spread and every seed', xlim=(left, 101))
     return fig
 
-# %% ../nbs/60_experiments.ipynb #cb0e4516
+# %% ../nbs/60_experiments.ipynb #4a6af5ca
 @call_parse
 def demo(seeds:int=3, # seeds a row of the table
          first:int=0, # the first of them

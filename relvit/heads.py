@@ -9,7 +9,7 @@ from torch import nn, Tensor
 # %% auto #0
 __all__ = ['PairHead', 'TokenHead', 'ClassHead']
 
-# %% ../nbs/12_heads.ipynb #280533ab
+# %% ../nbs/12_heads.ipynb #540fe75f
 class PairHead(nn.Module):
     "Logits for every pair of tokens: (b,n,d) to (b,k,n,n), row i is the query. Eq. 8 of RelViT"
     def __init__(self, dim:int, # token width d
@@ -32,14 +32,14 @@ class PairHead(nn.Module):
 
     def extra_repr(self): return f'k={self.k}, kind={self.kind!r}'
 
-# %% ../nbs/12_heads.ipynb #b66dbf2c
+# %% ../nbs/12_heads.ipynb #2681cf65
 class TokenHead(nn.Linear):
     "Logits for every token: (b,n,d) to (b,n,k). Eq. 9 of RelViT"
     def __init__(self, dim:int, # token width d
                  k:int): # answers a token
         super().__init__(dim, k)
 
-# %% ../nbs/12_heads.ipynb #637a884a
+# %% ../nbs/12_heads.ipynb #16827894
 class ClassHead(nn.Module):
     "Logits for the image, from its `Tokens`: (b,k)"
     def __init__(self, dim:int, # token width d

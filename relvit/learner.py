@@ -24,7 +24,7 @@ from .tokens import TokenEncoder
 # %% auto #0
 __all__ = ['AdamW', 'split_parameters', 'make_encoder', 'pretrain_learner', 'FreezeEncoder', 'finetune_learner', 'joint_learner']
 
-# %% ../nbs/35_learner.ipynb #930c6831
+# %% ../nbs/35_learner.ipynb #764b8fd9
 class AdamW(torch.optim.AdamW):
     "torch's AdamW; decoupled weight decay on matrices and kernels only, unless `decay_all`"
     def __init__(self, params, decay_all=False, **kwargs):
@@ -43,12 +43,12 @@ class AdamW(torch.optim.AdamW):
         finally:
             for g, wd in zip(self.param_groups, rates): g['weight_decay'] = wd
 
-# %% ../nbs/35_learner.ipynb #8c9bfbf0
+# %% ../nbs/35_learner.ipynb #96d7083f
 def split_parameters(model) -> list: # two groups: `learn.freeze()` leaves the second to train
     "Parameters of the encoder and of the heads"
     return L(list(model.encoder.parameters()), list(model.tasks.parameters()))
 
-# %% ../nbs/35_learner.ipynb #71964efe
+# %% ../nbs/35_learner.ipynb #47b5980a
 def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
                  dls, # for channels, image size, mean and std, where it says them
                  recipe, **kwargs # for `TokenEncoder`
@@ -64,7 +64,7 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
         if recipe.drop_path: kwargs.setdefault('drop_path_rate', recipe.drop_path)
     return TokenEncoder(encoder, mean=getattr(dls, 'mean', None), std=getattr(dls, 'std', None), **kwargs)
 
-# %% ../nbs/35_learner.ipynb #47b5980a
+# %% ../nbs/35_learner.ipynb #4948b583
 def _opt_func(recipe): return partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all))
 
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
@@ -86,7 +86,7 @@ def fit_recipe(self:Learner, n_epoch:int, recipe=None, # a `Recipe` or its name;
     cbs = L(cbs) + [ParamScheduler({'lr': recipe.lr_at}), GradientClip(recipe.clip)]
     self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=cbs)
 
-# %% ../nbs/35_learner.ipynb #6d01b783
+# %% ../nbs/35_learner.ipynb #86141d53
 def _patch_callbacks(encoder, mega, augment, permute):
     "The callbacks that change patches, as asked for"
     if permute is None: permute = not encoder.is_vit
@@ -117,7 +117,7 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
     model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega))
     return _learner(dls, model, recipe, amp, _patch_callbacks(encoder, mega, augment, permute) + L(cbs), path=path)
 
-# %% ../nbs/35_learner.ipynb #1ae56c3e
+# %% ../nbs/35_learner.ipynb #c8ebf93d
 class FreezeEncoder(Callback):
     "Keeps the encoder as it is: no gradient, evaluation mode. Reads `learn.model.encoder`"
     def before_fit(self): self.learn.model.encoder.requires_grad_(False)
@@ -140,7 +140,7 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     model = RelViT(encoder, [Classification(classes, pool, smoothing=smoothing, zero=zero)])
     return _learner(dls, model, recipe, amp, L(cbs) + ([FreezeEncoder()] if freeze else []), path=path)
 
-# %% ../nbs/35_learner.ipynb #154e9a32
+# %% ../nbs/35_learner.ipynb #360ba392
 def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # see `make_tasks`
                   classes:int=None, pool=None, # for 'labels', see `finetune_learner`
                   leak=False, # False: relations see a shuffled view without positions; 'paper': the classifier's

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ['pair', 'grid_of', 'to_patches', 'from_patches', 'random_perms', 'inverse_perms', 'permute', 'positions',
            'resample_matrix', 'resample', 'random_borders', 'mega_patches']
 
-# %% ../nbs/01_patches.ipynb #3b9b2bc1
+# %% ../nbs/01_patches.ipynb #2a76ea07
 def pair(p # one number for both axes, or (rows, columns)
         ) -> tuple[int, int]:
     "(p,p) of an int, (a,b) of a pair"
@@ -27,7 +27,7 @@ def grid_of(size, # (H,W) pixels, or a batch (b,c,H,W)
         if q < 1 or n % q: raise ValueError(f'a patch side of {q} does not divide an image side of {n}')
     return tuple(n//q for n, q in zip(sides, pair(p)))
 
-# %% ../nbs/01_patches.ipynb #093b5238
+# %% ../nbs/01_patches.ipynb #5aeab703
 def to_patches(x:Tensor, # (b,c,H,W) images, of any type
                p # side of a patch in pixels, int or (ph,pw)
               ) -> Tensor: # (b,n,c,ph,pw), row-major
@@ -43,7 +43,7 @@ def from_patches(patches:Tensor, # (b,n,c,ph,pw)
     if h*w != patches.shape[1]: raise ValueError(f'a grid of {h} x {w} does not hold {patches.shape[1]} patches')
     return patches.unflatten(1, (h, w)).permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(2, 3)
 
-# %% ../nbs/01_patches.ipynb #a1762059
+# %% ../nbs/01_patches.ipynb #12284a51
 def _rand(*shape, generator=None, device=None):
     "Uniform numbers, drawn where the generator lives, handed over to `device`"
     return torch.rand(*shape, generator=generator, device=generator.device if generator else device).to(device)
@@ -59,7 +59,7 @@ def inverse_perms(perms:Tensor # (...,n)
     "The permutations that undo `perms`"
     return perms.argsort(-1)
 
-# %% ../nbs/01_patches.ipynb #12284a51
+# %% ../nbs/01_patches.ipynb #34feb9cc
 def permute(x:Tensor, # (b,c,H,W) images
             perms:Tensor, # (b,n) or (n,): slot a shows patch perms[:,a]
             p # side of a patch in pixels, int or (ph,pw)
@@ -71,7 +71,7 @@ def permute(x:Tensor, # (b,c,H,W) images
     patches, perms = to_patches(x, p), perms.expand(len(x), -1).to(x.device)
     return from_patches(patches[torch.arange(len(x), device=x.device)[:, None], perms], grid)
 
-# %% ../nbs/01_patches.ipynb #706713e5
+# %% ../nbs/01_patches.ipynb #744b6375
 def positions(grid, # (h,w)
               perms:Tensor=None, # (b,n) or (n,): slot a shows patch perms[:,a]; in order if None
               device=None) -> Tensor: # (n,2) or (b,n,2) int64: column, row
@@ -79,7 +79,7 @@ def positions(grid, # (h,w)
     i = torch.arange(grid[0]*grid[1], device=device) if perms is None else perms
     return torch.stack([i % grid[1], i // grid[1]], -1)
 
-# %% ../nbs/01_patches.ipynb #3500f20d
+# %% ../nbs/01_patches.ipynb #f718ae59
 def resample_matrix(start:Tensor, # (...) first pixel of each segment
                     length:Tensor, # (...) its pixels
                     out:int, # pixels to make of it
@@ -94,7 +94,7 @@ def resample_matrix(start:Tensor, # (...) first pixel of each segment
     w = (1 - (pixel - centre).abs()/support).clamp(min=0)*((pixel > start) & (pixel < start + length))
     return w/w.sum(-1, keepdim=True).clamp(min=1e-6)
 
-# %% ../nbs/01_patches.ipynb #d0113bff
+# %% ../nbs/01_patches.ipynb #154a353a
 def resample(x:Tensor, # (b,c,H,W), uint8 or float
              rows:Tensor, # (b,oh,H) weights, see `resample_matrix`
              cols:Tensor # (b,ow,W)
@@ -103,7 +103,7 @@ def resample(x:Tensor, # (b,c,H,W), uint8 or float
     y = rows[:, None] @ (x if x.is_floating_point() else x.float()) @ cols[:, None].mT
     return y if x.is_floating_point() else y.round().clamp(0, 255).to(x.dtype)
 
-# %% ../nbs/01_patches.ipynb #00d6864b
+# %% ../nbs/01_patches.ipynb #10b42f9a
 def random_borders(b:int, # images
                    n:int, # patches of the lattice along one axis
                    side:int, # cells to make
@@ -113,7 +113,7 @@ def random_borders(b:int, # images
     cuts = _rand(b, n-1, generator=generator, device=device).argsort(-1)[:, :side-1].sort(-1).values + 1
     return torch.cat([cuts.new_zeros(b, 1), cuts, cuts.new_full((b, 1), n)], 1)
 
-# %% ../nbs/01_patches.ipynb #378ebf5a
+# %% ../nbs/01_patches.ipynb #c7ae3e43
 def mega_patches(x:Tensor, # (b,c,H,W) images
                  p, # side of a patch in pixels, before and after, int or (ph,pw)
                  side, # mega-patches a side, int or (rows, columns)

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, BoundaryNorm, to_rgb
 from matplotlib.ticker import MaxNLocator
 
-# %% ../nbs/00_plots.ipynb #5914042a
+# %% ../nbs/00_plots.ipynb #fc2019c4
 def as_image(x # (c,h,w) or (h,w) or (h,w,c), uint8 or float in [0,1]; one channel or three
             ) -> np.ndarray: # (h,w,3) float in [0,1]
     "The image as matplotlib wants it. Raises ValueError where that shape is no image"
@@ -24,7 +24,7 @@ def as_image(x # (c,h,w) or (h,w) or (h,w,c), uint8 or float in [0,1]; one chann
     x = x/255 if x.dtype == np.uint8 else x.astype(float)
     return np.clip(np.broadcast_to(x, (*x.shape[:2], 3)), 0, 1)
 
-# %% ../nbs/00_plots.ipynb #90105f06
+# %% ../nbs/00_plots.ipynb #df391c14
 def show_image(x, # image, see `as_image`
                ax=None, # matplotlib Axes; a new figure if None
                title:str=None, # text above
@@ -37,7 +37,7 @@ def show_image(x, # image, see `as_image`
     ax.set(xticks=[], yticks=[], title=title or '')
     return ax
 
-# %% ../nbs/00_plots.ipynb #c4ada0e8
+# %% ../nbs/00_plots.ipynb #d2a660d1
 def _sides(p): return (p, p) if isinstance(p, int) else tuple(p)
 
 def show_patches(x, # image, see `as_image`
@@ -55,7 +55,7 @@ def show_patches(x, # image, see `as_image`
                 bbox=dict(boxstyle='round,pad=.15', fc='k', ec='none', alpha=.55))
     return ax
 
-# %% ../nbs/00_plots.ipynb #116719f1
+# %% ../nbs/00_plots.ipynb #b0a51f36
 COMPASS = tuple(x+y for y in 'TCB' for x in 'LCR') # LT CT RT LC CC RC LB CB RB, class 0 to 8
 COMPASS_COLOURS = ('#9ecae1', '#d9d9d9', '#fdc086', '#4292c6', '#a6a6a6', '#f58518', '#084594', '#4d4d4d', '#a63603')
 _classes = ListedColormap(COMPASS_COLOURS), BoundaryNorm(np.arange(10) - .5, 9)
@@ -72,7 +72,7 @@ def compass(ax=None, title:str='seen from j,\npatch i lies', size=1.2):
     ax.set_title(title, fontsize=8)
     return ax
 
-# %% ../nbs/00_plots.ipynb #e2b4500d
+# %% ../nbs/00_plots.ipynb #434fdee9
 def _panel(ax, size, legend):
     "Axes for a matrix, and one for its legend beside it"
     if ax is None: ax = plt.subplots(figsize=(size, size))[1]
@@ -88,7 +88,7 @@ def show_relations(m, # (n,n) classes of the nine relations, 0 to 8
     if side: compass(side)
     return ax
 
-# %% ../nbs/00_plots.ipynb #1196ca80
+# %% ../nbs/00_plots.ipynb #e127ff66
 def show_matrix(m, # (n,n) real values
                 ax=None, title:str=None, lo=None, hi=None, # ends of the colour scale; those of the values if None
                 cmap='viridis', bar=True, size=3):
@@ -99,7 +99,7 @@ def show_matrix(m, # (n,n) real values
     if bar: plt.colorbar(im, ax=ax, fraction=.046, pad=.04)
     return ax
 
-# %% ../nbs/00_plots.ipynb #44eb0b11
+# %% ../nbs/00_plots.ipynb #3d2aa58b
 def show_field(values, # (n,) one value or class a patch
                p, # side of a patch in pixels, int or (ph,pw)
                x, # image, see `as_image`

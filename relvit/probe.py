@@ -10,7 +10,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['POOLS', 'embed', 'knn', 'logistic', 'probe', 'pixel_baselines']
 
-# %% ../nbs/40_probe.ipynb #d037aed8
+# %% ../nbs/40_probe.ipynb #a9b18044
 POOLS = dict(cls=lambda t: t.cls, mean=lambda t: t.patches.mean(1), flat=lambda t: t.patches.flatten(1))
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def embed(encoder, # `TokenEncoder`
     finally: encoder.train(was)
     return torch.cat(out), ds.y
 
-# %% ../nbs/40_probe.ipynb #a90597e5
+# %% ../nbs/40_probe.ipynb #9757beb4
 def knn(x:Tensor, y:Tensor, # (N,d) features, (N,) labels to vote with
         tx:Tensor, ty:Tensor, # (M,d), (M,) to be judged
         k=20, temp=.07, # neighbours; temperature of their votes
@@ -54,7 +54,7 @@ def logistic(x:Tensor, y:Tensor, tx:Tensor, ty:Tensor, # as for `knn`
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
     return model.fit(x.numpy(), y.numpy()).score(tx.numpy(), ty.numpy())
 
-# %% ../nbs/40_probe.ipynb #23e8bfd7
+# %% ../nbs/40_probe.ipynb #1a24ee9b
 def _known(x, y): return x[y >= 0], y[y >= 0]
 
 def probe(encoder, train, test, # encoder and two sets of images
@@ -64,7 +64,7 @@ def probe(encoder, train, test, # encoder and two sets of images
     a, b = (_known(*embed(encoder, ds, pool, pos_embed)) for ds in (train, test))
     return dict(knn=knn(*a, *b, k=k), logistic=logistic(*a, *b))
 
-# %% ../nbs/40_probe.ipynb #1a24ee9b
+# %% ../nbs/40_probe.ipynb #da3b032a
 def pixel_baselines(train, test # two sets of images
                    ) -> dict: # accuracies
     "What raw pixels are worth: majority class, nearest neighbour, logistic regression, SVM with a Gaussian kernel"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPES', 'cosine_lr', 'reference_lr', 'Recipe', 'get_recipe']
 
-# %% ../nbs/30_recipes.ipynb #b80f9572
+# %% ../nbs/30_recipes.ipynb #b12e5905
 def cosine_lr(t:float, # share of all steps done, 0 to 1
               lr=1e-3, final=1e-5, # highest and last learning rate
               warmup=.1) -> float: # share of steps for the rise
@@ -18,7 +18,7 @@ def cosine_lr(t:float, # share of all steps done, 0 to 1
     if t < warmup: return lr*max(t/warmup, .01)
     return final + (lr - final)*(1 + math.cos(math.pi*(t - warmup)/(1 - warmup)))/2
 
-# %% ../nbs/30_recipes.ipynb #b93645fd
+# %% ../nbs/30_recipes.ipynb #c4cfa475
 def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
     "The released code's schedule: linear warm-up, then a quarter of a cosine wave that began at step 0"
     if t < warmup: return lr*t/warmup
@@ -27,7 +27,7 @@ def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
 
 SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr)
 
-# %% ../nbs/30_recipes.ipynb #f254c566
+# %% ../nbs/30_recipes.ipynb #a4d26102
 @dataclass(frozen=True)
 class Recipe:
     "How a run is optimised: AdamW, a schedule, clipping"
@@ -58,7 +58,7 @@ RECIPES = {r.name: r for r in (
     Recipe('reference', lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, decay_all=True, schedule='reference',
            drop_path=.1))}
 
-# %% ../nbs/30_recipes.ipynb #a1442b22
+# %% ../nbs/30_recipes.ipynb #33ed1dfc
 def get_recipe(recipe # a `Recipe` or the name of one
               ) -> Recipe:
     "A recipe by name. Raises ValueError for an unknown one"

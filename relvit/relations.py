@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ['RELATIONS', 'spatial_relations', 'distances', 'angles', 'directions', 'absolute_positions', 'flat_index',
            'relation_counts']
 
-# %% ../nbs/02_relations.ipynb #ad831ecb
+# %% ../nbs/02_relations.ipynb #fb5fe784
 RELATIONS = ('LT', 'CT', 'RT', 'LC', 'CC', 'RC', 'LB', 'CB', 'RB')
 
 def _differences(pos:Tensor, # (...,n,2)
@@ -27,7 +27,7 @@ def spatial_relations(pos:Tensor # (...,n,2) column and row of each patch
     if not pos.is_floating_point(): pos = pos.to(torch.int16) # a quarter of the memory
     return (3*(_differences(pos, 1).sign() + 1) + _differences(pos, 0).sign() + 1).long()
 
-# %% ../nbs/02_relations.ipynb #288d6b80
+# %% ../nbs/02_relations.ipynb #907379c9
 def _grid(pos, grid):
     "The grid that the positions fill, if none is given"
     if grid is not None: return tuple(grid)
@@ -40,7 +40,7 @@ def _scaled(m, largest):
     "[0,largest] to [-1,1]; all -1 where nothing is larger than 0"
     return m.mul_(2/largest).sub_(1).clamp_(-1, 1) if largest > 0 else torch.full_like(m, -1)
 
-# %% ../nbs/02_relations.ipynb #907379c9
+# %% ../nbs/02_relations.ipynb #e687e0da
 def distances(pos:Tensor, # (...,n,2) column and row of each patch
               grid=None, # (h,w); read off `pos` where it holds the whole grid
               normalise=True # to [-1,1], -1 = the same patch, 1 = opposite corners
@@ -50,7 +50,7 @@ def distances(pos:Tensor, # (...,n,2) column and row of each patch
     d = torch.hypot(_differences(pos, 0).float(), _differences(pos, 1).float())
     return _scaled(d, math.hypot(h-1, w-1)) if normalise else d
 
-# %% ../nbs/02_relations.ipynb #a9ce3b3d
+# %% ../nbs/02_relations.ipynb #e5ccfa33
 def _subtended(a:Tensor, b:Tensor, # (...,2) points
                eps:float) -> Tensor: # (...) radians
     "acos(a.b/(|a||b|+eps)), exact to float32 for small angles too"
@@ -58,7 +58,7 @@ def _subtended(a:Tensor, b:Tensor, # (...,2) points
     norms = torch.hypot(a[..., 0], a[..., 1])*torch.hypot(b[..., 0], b[..., 1])
     return 2*((cross.square_()/(norms + dot) + eps)/(2*(norms + eps))).sqrt_().clamp_(max=1).asin_()
 
-# %% ../nbs/02_relations.ipynb #e5ccfa33
+# %% ../nbs/02_relations.ipynb #24934900
 def angles(pos:Tensor, # (...,n,2) column and row of each patch
            grid=None, # (h,w); read off `pos` where it holds the whole grid
            normalise=True, # to [-1,1], -1 = the same patch, 1 = top right against bottom left; else radians
@@ -75,14 +75,14 @@ def angles(pos:Tensor, # (...,n,2) column and row of each patch
     corners = torch.tensor([[x1, y0], [x0, y1]])
     return _scaled(a, float(_subtended(corners[0], corners[1], eps)))
 
-# %% ../nbs/02_relations.ipynb #8820d20f
+# %% ../nbs/02_relations.ipynb #1cef06b2
 def directions(pos:Tensor # (...,n,2) column and row of each patch
               ) -> Tensor: # (...,n,n) float32 radians in (-pi,pi], 0 = right, pi/2 = below, as rows grow downwards
     "The direction in which j lies, seen from i: atan2(y_j-y_i, x_j-x_i). Not in the paper"
     dx, dy = (_differences(pos.float(), axis).mT for axis in (0, 1)) # coordinate j minus coordinate i
     return torch.atan2(dy, dx)
 
-# %% ../nbs/02_relations.ipynb #28060ef2
+# %% ../nbs/02_relations.ipynb #61658ff4
 def absolute_positions(grid, # (h,w)
                        perms:Tensor=None, # (b,n) or (n,): slot a shows patch perms[:,a]
                        device=None) -> Tensor: # (n,) or (b,n) int64
@@ -95,7 +95,7 @@ def flat_index(pos:Tensor, # (...,n,2) column and row of each patch
     "The row-major index of each position, what `patches.positions` started from"
     return pos[..., 1]*grid[1] + pos[..., 0]
 
-# %% ../nbs/02_relations.ipynb #b32acac1
+# %% ../nbs/02_relations.ipynb #40f711c4
 def relation_counts(grid # (h,w)
                    ) -> Tensor: # (9,) int64, ordered pairs of each relation, n*n in all
     "How often each of the nine relations occurs in a grid"

@@ -17,7 +17,7 @@ from .relations import (RELATIONS, angles, directions, distances, flat_index, re
 __all__ = ['Truth', 'TASKS', 'Task', 'accuracy', 'off_diagonal', 'SpatialRelations', 'AbsolutePositions', 'Regression',
            'Distances', 'Angles', 'Directions', 'Classification', 'make_tasks', 'Predictions', 'RelViT']
 
-# %% ../nbs/20_tasks.ipynb #962be1ec
+# %% ../nbs/20_tasks.ipynb #700c9573
 Truth = namedtuple('Truth', 'pos grid y') # what a target can be computed from: (b,n,2) positions, (h,w), (b,) labels
 TASKS = {} # every task by its name
 
@@ -57,7 +57,7 @@ class Task(nn.Module):
 
     def extra_repr(self): return f'weight={self.weight:g}'
 
-# %% ../nbs/20_tasks.ipynb #700c9573
+# %% ../nbs/20_tasks.ipynb #c9fa9b93
 def accuracy(pred:Tensor, # (b,k,...) logits, classes in dimension 1
              target:Tensor, # (b,...) int64
              where:Tensor=None # (...) bool, which entries count
@@ -70,7 +70,7 @@ def off_diagonal(n:int, device=None) -> Tensor: # (n,n) bool
     "All pairs but those of a patch with itself"
     return ~torch.eye(n, dtype=torch.bool, device=device)
 
-# %% ../nbs/20_tasks.ipynb #9236c4f1
+# %% ../nbs/20_tasks.ipynb #200c6a4c
 class SpatialRelations(Task):
     "Where patch i lies seen from patch j, one of nine. Eq. 8 and 10 of RelViT"
     name = 'relations'
@@ -99,7 +99,7 @@ class SpatialRelations(Task):
         off[4] -= n
         return dict(acc=(counts.max()/n**2).item(), acc_off=(off.max()/max(n*n - n, 1)).item())
 
-# %% ../nbs/20_tasks.ipynb #ee5992a2
+# %% ../nbs/20_tasks.ipynb #fd2c04b5
 class AbsolutePositions(Task):
     "In which place of the image a patch was cut. Eq. 9 and 11 of RelViT"
     name = 'positions'
@@ -112,7 +112,7 @@ class AbsolutePositions(Task):
                              f'these patches form {tokens.grid}')
         return self.head(tokens.patches).mT
 
-# %% ../nbs/20_tasks.ipynb #65d5d97b
+# %% ../nbs/20_tasks.ipynb #dd91852f
 class Regression(Task):
     "A task whose answer is a number a pair"
     shown = ('mae', 'r2')
@@ -141,7 +141,7 @@ class Angles(Regression):
     name = 'angles'
     def target(self, pos, grid): return angles(pos, grid)
 
-# %% ../nbs/20_tasks.ipynb #d928cd30
+# %% ../nbs/20_tasks.ipynb #c2c414fd
 class Directions(Task):
     "The direction from patch i to patch j, as a point on the circle. Not in the paper"
     name, shown = 'directions', ('degrees',)
@@ -164,7 +164,7 @@ class Directions(Task):
 
     def chance(self, grid): return dict(degrees=90.)
 
-# %% ../nbs/20_tasks.ipynb #f586e3e6
+# %% ../nbs/20_tasks.ipynb #210ed491
 class Classification(Task):
     "What the image shows. -1 is an unknown label and costs nothing"
     name, view = 'labels', 'image'
@@ -190,7 +190,7 @@ class Classification(Task):
 
     def metrics(self, pred, y): return dict(acc=((pred.argmax(1) == y).sum()/(y >= 0).sum().clamp(min=1)))
 
-# %% ../nbs/20_tasks.ipynb #8a78bff0
+# %% ../nbs/20_tasks.ipynb #054e77b1
 def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to weight or task; or a single one
                classes:int=None # for 'labels'
               ) -> dict[str, Task]:
@@ -212,7 +212,7 @@ def _make_task(t, classes, **kwargs):
     if isinstance(t, Classification) and t.classes is None: t.classes = classes
     return t
 
-# %% ../nbs/20_tasks.ipynb #2b1f6bdc
+# %% ../nbs/20_tasks.ipynb #8b2d5bda
 class Predictions(tuple):
     "Logits of every task in order, or by name, with the positions and the grid of the patches that they belong to"
     def __new__(cls, logits, # dict by task; fastai makes new ones from lists, without names
@@ -227,7 +227,7 @@ class Predictions(tuple):
         shapes = [f'{n} {tuple(x.shape)}' for n, x in zip(self.names or '?'*len(self), self)]
         return f"Predictions({', '.join(shapes)}; grid {self.grid})"
 
-# %% ../nbs/20_tasks.ipynb #8b2d5bda
+# %% ../nbs/20_tasks.ipynb #a85c7933
 class RelViT(nn.Module):
     "An encoder and tasks over its tokens"
     def __init__(self, encoder, # `TokenEncoder`
@@ -246,7 +246,7 @@ class RelViT(nn.Module):
         seen = lambda t: self.encoder.sees_positions(None if t.view == 'image' else self.pos_embed)
         return {n: (t.view, seen(t)) for n, t in self.tasks.items()}
 
-# %% ../nbs/20_tasks.ipynb #a85c7933
+# %% ../nbs/20_tasks.ipynb #72fac3e5
 @patch
 def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
             patches:Tensor=None, # (b,c,H',W') what the relation tasks shall see instead of x
@@ -263,7 +263,7 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
     self._placed = pos, self.grid
     return Predictions(logits, pos, self.grid)
 
-# %% ../nbs/20_tasks.ipynb #6fe33d9d
+# %% ../nbs/20_tasks.ipynb #4e154f24
 @patch
 def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels, for 'labels'
         ) -> Tensor:

@@ -213,3 +213,11 @@ def test_missing_docstrings_are_found():
     lines = ['__all__ = ["f", "g", "C", "x", "gone"]', 'def f(): pass', 'def g(): "Says"', 'x, y = 1, 2',
              'def _h(): pass', 'class C:', '    def g(self): "Says"']
     assert undocumented('\n'.join(lines)) == ['f', 'C', 'gone']
+
+
+@pytest.mark.parametrize('path', **by_name(pages))
+def test_imports_have_cells_of_their_own(path):
+    "nbdev's docs run cells with imports by themselves, so other code beside them breaks the site"
+    for source in cells(notebook(path)):
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
+        assert kinds != {True, False}, source
