@@ -165,7 +165,8 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     cfg = {k: v for k, v in enc.config.items() if k not in ours}
     name = cfg.pop('name') or (getattr(enc.model, 'default_cfg', None) or {}).get('architecture')
     if not name: raise ValueError('timm does not know this model by a name: build the encoder from one')
-    args = dict(model_name=name, num_classes=0, img_size=list(enc.img_size), **cfg)
+    args = dict(model_name=name, num_classes=0, **cfg)
+    if hasattr(enc.model, 'set_input_size'): args['img_size'] = list(enc.img_size)
     if enc.is_vit: args['patch_size'] = enc.p
     if enc.is_vit and not enc.has_cls: args |= dict(class_token=False, global_pool='', fc_norm=False)
     if not enc.is_vit: args.pop('strict_img_size', None)

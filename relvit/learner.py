@@ -95,7 +95,13 @@ def _patch_callbacks(encoder, mega, augment, permute):
             *([AugmentPatches(augment)] if augment not in (False, None) else []),
             *([PermutePatches()] if permute else [])]
 
-def _mega_grid(mega): return None if not mega else pair(mega['side'] if isinstance(mega, dict) else mega)
+def _mega_grid(mega, encoder):
+    "(rows,columns) of mega-patches. Raises ValueError where the encoder's grid has fewer"
+    if not mega: return None
+    grid = pair(mega['side'] if isinstance(mega, dict) else mega)
+    if any(g > n for g, n in zip(grid, encoder.grid)):
+        raise ValueError(f'a grid of {encoder.grid} patches cannot be cut into {grid} mega-patches')
+    return grid
 
 def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; labels are not looked at
                      encoder, # `TokenEncoder`, timm model, or a name with `img_size=`, `p=`
@@ -114,7 +120,7 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega))
+    model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder))
     return _learner(dls, model, recipe, amp, _patch_callbacks(encoder, mega, augment, permute) + L(cbs), path=path)
 
 # %% ../nbs/35_learner.ipynb #c8ebf93d
@@ -122,6 +128,11 @@ class FreezeEncoder(Callback):
     "Keeps the encoder as it is: no gradient, evaluation mode. Reads `learn.model.encoder`"
     def before_fit(self): self.learn.model.encoder.requires_grad_(False)
     def before_train(self): self.learn.model.encoder.eval()
+
+def _at_size_of(dls, encoder):
+    "An encoder that was pretrained at another resolution moves to that of the data"
+    size = tuple(getattr(dls, 'img_size', encoder.img_size))
+    return encoder if size == tuple(encoder.img_size) else encoder.resize(size)
 
 def finetune_learner(dls, # fastai `DataLoaders` with labels
                      encoder, # `TokenEncoder` (copied), timm model, or a name
@@ -136,7 +147,8 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     "A Learner that trains an encoder on labels, with positions"
     if seed is not None: torch.manual_seed(seed)
     recipe, classes = get_recipe(recipe), classes or getattr(dls, 'c', None)
-    encoder = make_encoder(copy.deepcopy(encoder), dls, recipe, img_size=img_size, p=p, **kwargs)
+    if isinstance(encoder, TokenEncoder): encoder = _at_size_of(dls, copy.deepcopy(encoder))
+    encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     model = RelViT(encoder, [Classification(classes, pool, smoothing=smoothing, zero=zero)])
     return _learner(dls, model, recipe, amp, L(cbs) + ([FreezeEncoder()] if freeze else []), path=path)
 
@@ -155,6 +167,6 @@ def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # se
     tasks = make_tasks(tasks, classes or getattr(dls, 'c', None))
     if 'labels' in tasks and pool: tasks['labels'].pool = pool
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega))
+    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega, encoder))
     views = [] if leak else _patch_callbacks(encoder, mega, augment, permute)
     return _learner(dls, model, recipe, amp, views + L(cbs), path=path)

@@ -124,8 +124,9 @@ class Regression(Task):
     def loss(self, pred, target): return mse(pred, target)
 
     def metrics(self, pred, target):
-        error = pred.float().reshape(target.shape) - target
-        return dict(mae=error.abs().mean(), r2=1 - error.square().mean()/target.var(correction=0).clamp(min=1e-12))
+        error, variance = pred.float().reshape(target.shape) - target, target.var(correction=0)
+        r2 = torch.where(variance > 0, 1 - error.square().mean()/variance, 0.) # a single patch has nothing to explain
+        return dict(mae=error.abs().mean(), r2=r2)
 
     def chance(self, grid):
         t = self.target(positions(grid), grid)
@@ -175,7 +176,8 @@ class Classification(Task):
         self.classes, self.pool, self.smoothing, self.zero = classes, pool, smoothing, zero
 
     def make_head(self, encoder, grid):
-        if not self.classes: raise ValueError('Classification must know its number of classes: Classification(10)')
+        if not self.classes:
+            raise ValueError('the data has no labels that Classification could learn; say how many classes: Classification(10)')
         pool = self.pool or ('cls' if encoder.has_cls else 'flat')
         h, w = encoder.grid
         return ClassHead(encoder.dim, self.classes, pool, h*w, self.zero)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_tokens.ipynb #62eb07f9
 from __future__ import annotations
-import math, timm, torch
+import difflib, math, timm, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
@@ -56,13 +56,20 @@ class TokenEncoder(nn.Module):
 # %% ../nbs/10_tokens.ipynb #f7f8cfaa
 def _create(name, img_size, p, cls, kwargs):
     "A timm model without a classifier that takes images of changing size"
+    if ':' not in name and not timm.is_model(name.split('.')[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise ValueError(f'timm has no model {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     kwargs = dict(num_classes=0, **kwargs) | ({} if img_size is None else dict(img_size=img_size))
     if name.startswith(('vit_', 'deit_', 'deit3_')):
         kwargs = dict(dynamic_img_size=True, **kwargs)
         if p is not None: kwargs['patch_size'] = p
         if not cls: kwargs |= dict(class_token=False, global_pool='', fc_norm=False)
     elif name.startswith('swin_'): kwargs = dict(strict_img_size=False, **kwargs)
-    return timm.create_model(name, **kwargs)
+    try: return timm.create_model(name, **kwargs)
+    except TypeError as e: # a convolutional network takes any image and no size
+        if "'img_size'" not in str(e): raise
+        kwargs.pop('img_size')
+        return timm.create_model(name, **kwargs)
 
 # %% ../nbs/10_tokens.ipynb #90dfae71
 @patch
@@ -215,7 +222,17 @@ def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding 
         raise ValueError(f'an embedding of shape {tuple(w.shape)} does not fit {self!r}')
     return resample_abs_pos_embed(w, list(self.grid), list(grid), num_prefix_tokens=prefix)
 
-# %% ../nbs/10_tokens.ipynb #b99cebc3
+# %% ../nbs/10_tokens.ipynb #fc0913b5
+@patch
+def resize(self:TokenEncoder, img_size # pixels, int or (H,W)
+          ) -> TokenEncoder: # itself
+    "Change the image size in place; the positional embedding is resized for good"
+    if hasattr(self.model, 'set_input_size'): self.model.set_input_size(img_size=pair(img_size))
+    self.config['img_size'] = img_size
+    self._measure(img_size, None)
+    return self
+
+# %% ../nbs/10_tokens.ipynb #cb12a79b
 @patch
 def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
              layers=(-1,), # blocks of a ViT, stages of a hierarchy; negative counts from the last
@@ -234,7 +251,7 @@ def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
         if i in wanted: out.append(self._norm(x, grid))
     return out
 
-# %% ../nbs/10_tokens.ipynb #f00d8bae
+# %% ../nbs/10_tokens.ipynb #03e15547
 @contextmanager
 def _attention_caught(model, caught):
     "While open, every attention of `model` writes its weights into `caught`"
