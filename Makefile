@@ -7,7 +7,7 @@ export MPLBACKEND ?= Agg
 
 .PHONY: demo test lab setup benchmark record notebooks readme clean
 demo: setup
-	$(BIN)/python -W ignore -m relvit.experiments $(ARGS)
+	$(BIN)/python -W ignore -m relvit.demo $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
@@ -23,7 +23,7 @@ setup: .venv/.ready
 	touch $@
 
 record: setup
-	$(BIN)/python -W ignore -m relvit.experiments --all --first 10 --record results/demo.json
+	$(BIN)/python -W ignore -m relvit.demo --all --first 10 --record results/demo.json
 	cp demo/demo.png nbs/images/demo.png
 
 benchmark: setup

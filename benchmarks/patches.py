@@ -16,7 +16,7 @@ from torchvision import transforms as T
 
 from relvit.augment import PatchAugment
 from relvit.checkpoint import write_whole
-from relvit.experiments import provenance
+from relvit.runs import provenance
 from relvit.heads import PairHead
 from relvit.patches import positions, random_perms
 from relvit.relations import absolute_positions, spatial_relations

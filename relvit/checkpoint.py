@@ -52,13 +52,14 @@ def _write(tensors, meta, path):
 
 def save(obj, # Learner, `RelViT` or `TokenEncoder`
          path, # file, .safetensors
+         tensors=None, # more of them, by name
          **meta # anything of your own that JSON can hold
         ) -> Path:
     "Write a model and its configuration. Raises TypeError where the configuration is not plain data"
     model = _model(obj)
     enc, tasks = _encoder(model), {n: type(t).__name__ for n, t in getattr(model, 'tasks', {}).items()}
     meta = dict(kind=type(model).__name__, version=__version__, encoder=enc.config, grid=enc.grid, tasks=tasks, **meta)
-    return _write(model.state_dict(), meta, path)
+    return _write(model.state_dict() | (tensors or {}), meta, path)
 
 def read_meta(path) -> dict:
     "The configuration in a file of `save`; {} for another's. Raises ValueError for what is no safetensors file"

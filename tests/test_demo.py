@@ -2,12 +2,13 @@
 import json, subprocess, sys
 
 import timm
-from relvit.experiments import ARMS, Demo, gain, table
+from relvit.demo import ARMS, Demo
+from relvit.experiments import gain, table
 
 
 def test_demo(tmp_path):
     out = tmp_path/'demo'
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'relvit.experiments', '--quick', '--all', '--out', str(out), '--record', str(tmp_path/'r.json')]
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'relvit.demo', '--quick', '--all', '--out', str(out), '--record', str(tmp_path/'r.json')]
     run = subprocess.run(cmd, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path/'r.json').read_text())
@@ -26,4 +27,4 @@ def test_equal_compute_is_equal():
 
 def test_numbers_of_the_table():
     r = dict(relvit=[.9, .8], supervised_all=[.85, .85])
-    assert '85.0 ± 7.1' in table(r) and gain(**{'a': r['relvit'], 'b': r['supervised_all']}).startswith('+0.0 ± 7.1, -5.0 to +5.0, above 0 for 1 of 2')
+    assert '85.0 ± 7.1' in table(r, ARMS) and gain(**{'a': r['relvit'], 'b': r['supervised_all']}).startswith('+0.0 ± 7.1, -5.0 to +5.0, above 0 for 1 of 2')

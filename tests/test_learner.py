@@ -159,5 +159,5 @@ def test_no_pickle_is_read(tmp_path):
 
 
 def test_import_is_silent_and_writes_nothing(tmp_path):
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import relvit.learner, relvit.experiments, os; print(os.listdir())'], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import relvit.learner, relvit.cli, os; print(os.listdir())'], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == '[]' and run.returncode == 0, run.stderr
