@@ -34,7 +34,7 @@ def _train(mode, argv):
     kind, (early, rest) = MODES[mode], _options(argv)
     if early.resume:
         if rest or early.config: raise ValueError(f'--resume goes on with what the run began with; it takes no {(rest or ["--config"])[0]}')
-        run = train(resume=early.resume, console=True)
+        run = train(resume=early.resume, tell='console')
     else:
         default = kind.read(early.config) if early.config else kind()
         with warnings.catch_warnings():
@@ -43,7 +43,7 @@ def _train(mode, argv):
         if early.dry_run:
             p = plan(c)
             return print(p if sys.stdout.isatty() else json.dumps(p.asdict()))
-        run = train(c, console=True)
+        run = train(c, tell='console')
     return _tell(run, mode)
 
 def _tell(run, mode):

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from .augment import random_flip, random_resized_crop, random_shift
 from .datasets import Splits, open_data
 from .images import ImageFiles, few_labels
+from .shards import Shards
 from .plots import plt, show_image
 
 # %% auto #0
@@ -51,6 +52,9 @@ class ImageLoader(DataLoader):
     def __init__(self, dataset=None, *args, steps:int=None, # batches of a pass, from as many shuffles as it takes
                  seed=0, augment=None, # `Augment`
                  **kwargs):
+        if isinstance(dataset, Shards):
+            if not steps: raise ValueError('shards do not say how many images they hold; say how many batches an epoch has: steps=')
+            kwargs |= dict(shuffle=False) # they shuffle for themselves
         super().__init__(dataset, *args, **kwargs)
         self.steps, self.seed, self.augment, self.epoch, self.first, self.place = steps, seed, augment or Augment(), 0, 0, (0, 0)
 
@@ -71,12 +75,20 @@ class ImageLoader(DataLoader):
 
     def get_idxs(self):
         epoch, first = self.place
+        if isinstance(self.dataset, Shards): return list(range(first*self.bs, self.steps*self.bs))
         rng, n = torch.Generator().manual_seed(seed_of(self.seed, epoch)), len(self.dataset)
         need = self.steps*self.bs if self.steps else n
         passes = [torch.randperm(n, generator=rng) if self.shuffle else torch.arange(n) for _ in range(-(-need//n))]
         return torch.cat(passes)[first*self.bs:need].tolist()
 
     def create_batches(self, samps):
+        if isinstance(self.dataset, Shards):
+            chunks, (epoch, _) = chunked(samps, self.bs), self.place
+            if (first := next(chunks, None)) is None: return
+            batches = self.dataset.batches(self.bs, seed_of(self.seed, epoch), first[0]//self.bs, self.num_workers)
+            yield next(batches)
+            for _ in chunks: yield next(batches)
+            return
         for idxs in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(torch.tensor(idxs))
 
     def after_batch(self, b):
@@ -110,8 +122,9 @@ def image_dls(train, # `Images` or `ImageFiles` to train on
     device, plain = device or default_device(), [partial(dict(centre=centre, resize=resize)[fit], size=size)] if size else []
     loader = partial(ImageLoader, device=torch.device(device), seed=seed)
     many = partial(loader, num_workers=num_workers)
+    if isinstance(train, Shards) and mean is None: mean, std = statistics(valid)
     make = lambda ds: many if isinstance(ds, ImageFiles) else loader # pixels in memory need no worker
-    first = many(train, bs=bs, shuffle=True, drop_last=len(train) >= bs, steps=steps, augment=Augment(*augment))
+    first = many(train, bs=bs, shuffle=True, drop_last=isinstance(train, Shards) or len(train) >= bs, steps=steps, augment=Augment(*augment))
     rest = [make(ds)(ds, bs=max(bs, 256), augment=Augment(*plain)) for ds in (valid, test) if ds is not None]
     dls = DataLoaders(first, *rest, device=device)
     dls.test = dls.loaders[2] if test is not None else None
@@ -148,7 +161,9 @@ def make_dls(s:Splits, # of `open_data`
              num_workers=0, device=None) -> DataLoaders:
     "DataLoaders with the augmentation that keeps this data's labels. Raises ValueError where no label is known but needed"
     train = s.train
-    if labels: train = few_labels(train, labels, seed)
+    if isinstance(train, Shards):
+        if labels: raise ValueError('shards are a stream; a few labels of each class cannot be picked from it')
+    elif labels: train = few_labels(train, labels, seed)
     elif labelled:
         if not train.labelled: raise ValueError(f'no image of {train.name} has a label; pretraining needs none, this does')
         if train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])

@@ -122,5 +122,5 @@ def bars(results, rows:dict, # name -> short words
 # %% ../nbs/60_experiments.ipynb #285719a6
 def write_record(path, results:dict, seeds, cfg, **more):
     "Write results with their origin. Raises TypeError for what JSON cannot hold"
-    text = json.dumps(dict(results=results, seeds=list(seeds), config=asdict(cfg), **provenance(), **more), indent=1)
+    text = json.dumps(dict(results=results, seeds=list(seeds), config=asdict(cfg), **(provenance() | more)), indent=1)
     return write_whole(path, lambda tmp: Path(tmp).write_text(text))

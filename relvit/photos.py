@@ -4,24 +4,23 @@
 
 # %% ../nbs/62_photos.ipynb #4d0fd8bf
 from __future__ import annotations
-import time, torch
-from dataclasses import dataclass
+import time
+import torch
+from dataclasses import dataclass, replace
 from fastcore.script import call_parse
-from functools import partial
-from pathlib import Path
 from .augment import PatchAugment
 from .data import make_dls
 from .datasets import open_data
 from .experiments import accuracy_on, fit_arm, gain, run_arms, table, write_record
-from .images import few_labels
 from .learner import finetune_learner, joint_learner, pretrain_learner
 from .probe import embed, knn, logistic, probe
 from .recipes import get_recipe
+from .runs import provenance
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['ROWS', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_plain', 'arm_relvit',
-           'arm_relvit_labelled', 'arm_joint']
+__all__ = ['ROWS', 'ARMS', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_long',
+           'arm_supervised_plain', 'arm_relvit', 'arm_relvit_labelled', 'arm_joint', 'study']
 
 # %% ../nbs/62_photos.ipynb #e2c7efd4
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Photos:
     lr:float = 1e-3
     wd:float = .3 # of all that trains on labels
     smoothing:float = .1
+    drop_path:float = .1 # of what is trained on labels from scratch
     p:int = 8
     dim:int = 128
     depth:int = 4
@@ -44,11 +44,12 @@ class Photos:
 
     @property
     def all_steps(self): return self.pretrain + self.finetune
-    def steps_of(self, arm): return dict(supervised=self.finetune, relvit=self.all_steps + self.finetune).get(arm, self.all_steps)
+    def steps_of(self, arm):
+        return dict(supervised=self.finetune, supervised_long=2*self.all_steps, relvit=self.all_steps + self.finetune).get(arm, self.all_steps)
     def recipe(self, lr, wd=.05): return get_recipe('default').but(name='photos', lr=lr, final_lr=lr/100, wd=wd)
-    def encoder(self, dls):
+    def encoder(self, dls, drop_path=0.):
         return TokenEncoder('vit_tiny_patch16_224', img_size=32, p=self.p, pos_std=.2, mean=dls.mean, std=dls.std,
-                            embed_dim=self.dim, depth=self.depth, num_heads=self.heads)
+                            embed_dim=self.dim, depth=self.depth, num_heads=self.heads, drop_path_rate=drop_path)
 
 ROWS = dict( # name: what it is, in the words of the table
     relvit='RelViT: pretrained on relations, then finetuned',
@@ -56,7 +57,8 @@ ROWS = dict( # name: what it is, in the words of the table
     relvit_labelled='RelViT pretrained on the labelled images only',
     supervised='supervised, same finetuning steps',
     supervised_all='supervised, all steps (equal compute)',
-    supervised_plain='the same, with crop and flip only',
+    supervised_long='the same, twice the steps',
+    supervised_plain='all steps, with crop and flip only',
     joint='joint: labels and relations, all steps',
     frozen='frozen RelViT features, logistic regression',
     frozen_knn='frozen RelViT features, 20 nearest neighbours',
@@ -72,7 +74,8 @@ def photos(cfg, seed, steps, labels=None, plain=False):
 def _supervised(cfg, seed, steps, tell, plain=False, encoder=None):
     dls = photos(cfg, seed, steps, cfg.labels, plain)
     torch.manual_seed(seed)
-    encoder, smoothing, wd = encoder or cfg.encoder(dls), 0. if plain else cfg.smoothing, .05 if plain else cfg.wd
+    encoder = encoder or cfg.encoder(dls, 0. if plain else cfg.drop_path)
+    smoothing, wd = (0., .05) if plain else (cfg.smoothing, cfg.wd)
     learn = finetune_learner(dls, encoder, pool=cfg.pool, smoothing=smoothing, recipe=cfg.recipe(cfg.lr, wd), seed=seed)
     return fit_arm(learn, tell)
 
@@ -89,6 +92,10 @@ def arm_supervised(cfg, seed, tell, out):
 def arm_supervised_all(cfg, seed, tell, out):
     "All steps on labels"
     return dict(supervised_all=accuracy_on(_supervised(cfg, seed, cfg.all_steps, tell)))
+
+def arm_supervised_long(cfg, seed, tell, out):
+    "Twice the compute of everything else"
+    return dict(supervised_long=accuracy_on(_supervised(cfg, seed, 2*cfg.all_steps, tell)))
 
 def arm_supervised_plain(cfg, seed, tell, out):
     "All steps on labels, as the released code augments"
@@ -118,6 +125,24 @@ def arm_joint(cfg, seed, tell, out):
     "Labels and relations at once, leak-free, on the labelled images"
     dls = photos(cfg, seed, cfg.all_steps, cfg.labels)
     torch.manual_seed(seed)
-    learn = joint_learner(dls, cfg.encoder(dls), pool=cfg.pool, recipe=cfg.recipe(cfg.lr, cfg.wd), seed=seed)
+    learn = joint_learner(dls, cfg.encoder(dls, cfg.drop_path), pool=cfg.pool, recipe=cfg.recipe(cfg.lr, cfg.wd), seed=seed)
     learn.model.tasks['labels'].smoothing = cfg.smoothing
     return dict(joint=accuracy_on(fit_arm(learn, tell)))
+
+# %% ../nbs/62_photos.ipynb #f9c34883
+ARMS = {a: globals()[f'arm_{a}'] for a in ('relvit', 'supervised_all', 'supervised_long', 'supervised_plain', 'joint', 'relvit_labelled', 'supervised')}
+
+@call_parse
+def study(root:str, # folder that holds cifar-10-batches-py
+          seeds:int=3, first:int=0, # how many, and the first of them
+          record:str='photos.json', # file for the numbers
+          keep:str=None, # folder that keeps finished arms, so that a second call goes on
+          workers:int=None, # processes side by side
+          quick:bool=False): # a few steps, to see that everything runs; the numbers mean nothing
+    "Is pretraining on relations worth it on CIFAR-10 with 200 labels a class?"
+    began, origin = time.time(), provenance()
+    cfg = Photos(root, pretrain=6, finetune=4, dim=24, depth=1, labels=10) if quick else Photos(root)
+    results = run_arms(ARMS, list(range(first, first + seeds)), cfg, workers=workers, keep=keep)
+    write_record(record, results, range(first, first + seeds), replace(cfg, root='cifar-10'), seconds=round(time.time() - began), **origin)
+    print(table(results, ROWS))
+    for other in ('supervised_all', 'supervised_long', 'supervised'): print(f"RelViT over {ROWS[other]}: {gain(results['relvit'], results[other])}")

@@ -199,7 +199,7 @@ def _deafen(self:RecordRun):
 @patch
 def before_epoch(self:RecordRun):
     if self.learn.epoch >= self.seeds.start[0]: return
-    self.logger, self.learn.logger = self.learn.logger, noop # epochs that are done say nothing again
+    self.spoke, self.learn.logger = self.learn.logger, noop # epochs that are done say nothing again
     raise CancelEpochException
 
 @patch
@@ -266,7 +266,7 @@ def better(a:dict, b:dict) -> bool: # means on the held-out part
 @patch
 def after_epoch(self:RecordRun):
     if self.learn.epoch < self.seeds.start[0]:
-        self.learn.logger = self.logger
+        self.learn.logger = self.spoke
         return
     valid, before = self._means(), [m['valid'] for m in self.record.metrics]
     chance = self.learn.model.chance() if hasattr(self.learn.model, 'chance') else {}

@@ -5,21 +5,25 @@
 # %% ../nbs/39_training.ipynb #574df30d
 from __future__ import annotations
 import difflib, json, os, sys, time, typing, torch, yaml
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from pathlib import Path
 from typeguard import TypeCheckError, check_type
 from .augment import parse_augment
+from .callbacks import MegaPatches
 from .checkpoint import load, load_encoder, read_meta, write_whole
 from .data import make_dls
 from .datasets import open_data
 from .images import ImageFiles
 from .learner import finetune_learner, joint_learner, pretrain_learner
+from .patches import mega_patches
 from .plots import plt, show_patches, show_relations
 from .recipes import get_recipe
 from .relations import spatial_relations
 from .runs import RecordRun, Run
+from .shards import Shards
 from .tasks import Classification, RelViT
 from .tokens import TokenEncoder
 
@@ -31,7 +35,7 @@ __all__ = ['MODES', 'Config', 'Pretrain', 'Finetune', 'Joint', 'parse_tasks', 'p
 @dataclass(frozen=True)
 class Config:
     "What a run is made of. Raises ValueError for an unknown key, a wrong type or an impossible value"
-    data:str = 'digits' # name of a known data set, a folder of images, or hf: and a Hugging Face data set
+    data:str = 'digits' # name of a known data set, a folder of images, a pattern of .tar shards, or hf: and a Hugging Face data set
     root:str|None = None # folder that holds a known data set
     labels:str|None = None # CSV with a column of files and one of labels, for a folder
     img_size:int|None = None # pixels of a side; the data set's own, or 224
@@ -42,7 +46,7 @@ class Config:
     flip:bool|None = None # may training images be mirrored? the data set's own answer if None
     scale:float = .08 # smallest share of an image's area that a training crop covers
     channels:int = 3 # of a folder's images, 3 or 1
-    classes:str|None = None # file that lists the classes of ImageNet-100
+    classes:str|None = None # file that lists the classes, of ImageNet-100 or of shards
     most_unreadable:float = .01 # share of files that may be bad, or from 1 on their number
     check:bool = True # decode every file before training
     memory:float = 2. # GB of decoded images that may be kept
@@ -187,7 +191,7 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
     splits, recipe, patches = splits or open_config_data(c), config_recipe(c), getattr(c, 'augment', 'none')
     labels = not isinstance(c, Pretrain) # a joint run takes unlabelled images too
     extra = [a] if (a := parse_augment(getattr(c, 'image_augment', 'none'), splits.img_size)) else []
-    workers = c.workers if isinstance(splits.train, ImageFiles) else 0
+    workers = c.workers if isinstance(splits.train, (ImageFiles, Shards)) else 0
     dls = make_dls(splits, c.bs, getattr(c, 'few', None), labels, c.steps, c.seed, (c.scale, 1.), extra, workers, c.device)
     torch.manual_seed(c.seed)
     encoder = encoder or _start(c, splits, dls, recipe)
@@ -311,9 +315,10 @@ def _folder(c):
 
 def train(c:Config=None, # what to do
           resume=None, # or the run folder to go on with
-          console=False, # tell a terminal or a reading program, instead of a notebook
+          tell='notebook', # fastai's bar and table; 'console', a terminal or a program that reads along; 'nothing'
           cbs=None) -> Run:
     "Do one run, from its configuration or from where it was left. Raises before any work is lost"
+    if tell not in ('notebook', 'console', 'nothing'): raise ValueError(f"tell is 'notebook', 'console' or 'nothing', not {tell!r}")
     if resume:
         run = Run(resume)
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
@@ -321,11 +326,11 @@ def train(c:Config=None, # what to do
     learn = make_learner(c)
     if not resume: run = Run.create(_folder(c), c.asdict(), learn.dls.splits.report())
     fresh = resume and not run.last.exists() # killed before its first state
-    recorder, quiet = RecordRun(run, resume=bool(resume) and not fresh, every=c.every, seed=c.seed), [learn.no_bar(), learn.no_logging()]
-    many = [recorder, *([Console()] if console else []), *(cbs or [])]
-    if console:
-        with quiet[0], quiet[1]: learn.fit_recipe(c.epochs, cbs=many)
-    else: learn.fit_recipe(c.epochs, cbs=many)
+    recorder = RecordRun(run, resume=bool(resume) and not fresh, every=c.every, seed=c.seed)
+    with ExitStack() as stack:
+        if tell != 'notebook':
+            for silence in (learn.no_bar(), learn.no_logging()): stack.enter_context(silence)
+        learn.fit_recipe(c.epochs, cbs=[recorder, *([Console()] if tell == 'console' else []), *(cbs or [])])
     if 'relations' in learn.model.tasks:
         write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
         plt.close()
@@ -337,6 +342,8 @@ def show_learnt(learn, i=0 # which validation image
     "One image, its true relations, and what the model takes them for"
     x = learn.dls.valid_ds.batch(torch.tensor([i]))[0]
     x = learn.dls.valid.augment(x, torch.Generator()).to(next(learn.model.parameters()).device)
+    mega = next((cb for cb in learn.cbs if isinstance(cb, MegaPatches)), None)
+    if mega: x = mega_patches(x, learn.model.encoder.p, mega.side, torch.Generator(x.device).manual_seed(0))
     with torch.no_grad(): preds = learn.model.eval()(x)
     truth, found = spatial_relations(preds.pos[0]), preds['relations'][0].argmax(0)
     fig, axs = plt.subplots(1, 3, figsize=(10.5, 3.2))

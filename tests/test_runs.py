@@ -1,0 +1,154 @@
+"A run that was stopped, killed or cut inside an epoch goes on as if nothing had happened, to the bit."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from PIL import Image
+
+from relvit.data import make_dls
+from relvit.datasets import digits, open_data
+from relvit.runs import RecordRun, Run, load_state
+from relvit.training import Finetune, Joint, Pretrain, load_model, make_learner, train
+
+tiny = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=2', 'num_heads=2', 'drop_path_rate=.2'), bs=32,
+            epochs=3, steps=5, device='cpu', every=1e9)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Digits as files in folders of classes, some without a class"
+    there = tmp_path_factory.mktemp('images')
+    train, _ = digits()
+    for i, (img, label) in enumerate(zip(train.x[:120], train.y)):
+        f = there/(f'{label}' if i < 110 else '')/f'{i}.png'
+        f.parent.mkdir(exist_ok=True)
+        Image.fromarray(img[0].numpy()).save(f)
+    return there
+
+
+class StopAt(Callback):
+    "Presses Ctrl-C in the step of an epoch, in training or in validation"
+    order = 90
+    def __init__(self, epoch, step, training=True): self.at, self.when = (epoch, step), training
+    def after_batch(self):
+        if self.learn.training == self.when and self.learn.epoch == self.at[0] and (not self.when or self.learn.iter == self.at[1]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def quietly(c=None, **kwargs): return train(c, tell='nothing', **kwargs)
+
+
+def told(run): return [{k: v for k, v in m.items() if k != 'seconds'} for m in run.metrics]
+
+
+def same(a, b):
+    assert told(a) == told(b) and len(told(a))
+    for x, y in zip(load_model(a).state_dict().values(), load_model(b).state_dict().values()): assert x.equal(y)
+
+
+MODES = dict(
+    pretrain=lambda **k: Pretrain(**tiny, augment='colJitter:0.5-grayScale:0.2', permute=True, mega=3, **k),
+    finetune=lambda **k: Finetune(**tiny, smoothing=.1, image_augment='colJitter:0.8', **k),
+    joint=lambda **k: Joint(**tiny, tasks=('labels', 'relations', 'angles=.5'), **k))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('mode', MODES)
+def test_resume_is_exact(mode, workers, folder, tmp_path):
+    "Cut inside an epoch, at its border, and in validation; images decoded by workers while others train"
+    own = dict(data=str(folder), img_size=16, p=4, channels=1, memory=0., check=False, flip=False, scale=.5, workers=workers, out=str(tmp_path))
+    whole = quietly(MODES[mode](**own, name='whole'))
+    for name, stop in dict(inside=StopAt(1, 2), border=StopAt(1, 4), judged=StopAt(0, 0, training=False)).items():
+        if workers and name != 'inside': continue
+        c = MODES[mode](**own, name=name)
+        cut = quietly(c, cbs=[stop])
+        assert cut.stopped == 'SIGINT' and not cut.summary and 'stopped after' in cut.status
+        done = quietly(resume=cut.path)
+        assert done.summary and done.status == 'finished'
+        same(whole, done)
+
+
+def test_workers_change_nothing(folder, tmp_path):
+    runs = [quietly(MODES['pretrain'](data=str(folder), img_size=16, p=4, channels=1, memory=m, check=False, workers=w, out=str(tmp_path)))
+            for w, m in ((0, 0.), (2, 0.), (0, 2.))]
+    same(runs[0], runs[1])
+    same(runs[0], runs[2])
+
+
+def test_killed_at_any_moment(tmp_path):
+    "SIGKILL, also while a state is being written: the newest whole state loads, and the rest of the run is the same"
+    relvit = str(Path(sys.executable).parent/'relvit')
+    line = [relvit, 'pretrain', '--encoder', 'vit_tiny_patch16_224', '--encoder-args', 'embed_dim=24',
+            'depth=1', 'num_heads=2', '--epochs', '40', '--bs', '128', '--lr', '4e-3', '--every', '0', '--device', 'cpu', '--out', str(tmp_path)]
+    whole = subprocess.run([*line, '--name', 'whole'], capture_output=True, text=True, timeout=300)
+    assert whole.returncode == 0, whole.stderr
+    rng, kills, start = random.Random(0), 0, [*line, '--name', 'part']
+    for _ in range(4):
+        p = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        state = tmp_path/'part/last.safetensors'
+        before, end = (state.stat().st_mtime_ns if state.exists() else 0), time.time() + 120
+        while p.poll() is None and time.time() < end and not (state.exists() and state.stat().st_mtime_ns > before): time.sleep(.01)
+        time.sleep(rng.uniform(0, .8))
+        p.kill()
+        kills += p.wait() == -signal.SIGKILL
+        start = [relvit, 'pretrain', '--resume', str(tmp_path/'part')]
+        if Run(tmp_path/'part').summary: break
+    assert kills >= 2
+    if not Run(tmp_path/'part').summary:
+        last = subprocess.run(start, capture_output=True, text=True, timeout=300)
+        assert last.returncode == 0, last.stderr
+    same(Run(tmp_path/'whole'), Run(tmp_path/'part'))
+    assert not [f for f in (tmp_path/'part').iterdir() if f.name.startswith('.') and f.stat().st_mtime > time.time()]
+
+
+def test_a_stream_of_shards_resumes(tmp_path):
+    import io, tarfile
+    train, _ = digits()
+    for k in range(4):
+        with tarfile.open(tmp_path/f's-{k}.tar', 'w') as tar:
+            for i in range(40*k, 40*k + 40):
+                png = io.BytesIO()
+                Image.fromarray(train.x[i, 0].numpy()).save(png, 'png')
+                for name, data in (f'{i:04d}.png', png.getvalue()), (f'{i:04d}.cls', str(train.y[i].item()).encode()):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    for workers in (0, 2):
+        own = dict(data=str(tmp_path/'s-{0..3}.tar'), img_size=16, p=4, channels=1, flip=False, workers=workers, out=str(tmp_path/f'{workers}'))
+        whole = quietly(MODES['joint'](**own, name='whole'))
+        cut = quietly(MODES['joint'](**own, name='cut'), cbs=[StopAt(1, 2)])
+        same(whole, quietly(resume=cut.path))
+
+
+def test_another_plan_is_refused(tmp_path):
+    run = quietly(MODES['pretrain'](out=str(tmp_path), name='a'), cbs=[StopAt(0, 2)])
+    c = MODES['pretrain'](out=str(tmp_path)).but(steps=6)
+    with pytest.raises(ValueError, match='planned with n_iter = 5, not 6'):
+        make_learner(c).fit_recipe(3, cbs=RecordRun(run.path, resume=True))
+    learn = make_learner(c.but(encoder_args=('embed_dim=48',)))
+    learn.create_opt()
+    with pytest.raises(ValueError, match='state of another model'): load_state(learn, run.last)
+    with pytest.raises(FileExistsError, match='holds a run already'): quietly(c.but(name='a'))
+
+
+def test_best_is_best(tmp_path):
+    run = quietly(MODES['finetune'](out=str(tmp_path), data='digits').but(epochs=6, steps=None))
+    accs = [m['valid']['labels_acc'] for m in run.metrics]
+    from relvit.checkpoint import read_meta
+    assert accs[read_meta(run.best)['epoch']] == max(accs)
+
+
+def test_a_batch_depends_on_seed_epoch_and_place():
+    s = open_data('digits')
+    a, b = (make_dls(s, 64, seed=seed, device='cpu').train for seed in (0, 1))
+    first = [x.clone() for x, _ in a]
+    assert not first[0].equal(next(iter(b))[0])
+    a.epoch, a.first = 0, len(a) - 1
+    assert [x for x, _ in a][0].equal(first[-1])
+
+
+def test_metrics_survive_a_torn_line(tmp_path):
+    run = quietly(MODES['pretrain'](out=str(tmp_path), name='a'))
+    with open(run.path/'metrics.jsonl', 'a') as f: f.write('{"epoch": 3, "tr')
+    assert len(run.metrics) == 3 and np.isfinite(run.metrics[-1]['valid']['loss'])
