@@ -157,10 +157,7 @@ def _doctor():
         print('\nMissing. To get it: pip install ' + ' '.join(repr(m) for m in missing))
         return 1
 
-def _demo(argv):
-    from relvit.demo import demo
-    sys.argv = ['relvit demo', *argv]
-    return demo()
+def _demo(argv): return subprocess.call([sys.executable, '-W', 'ignore', '-m', 'relvit.demo', *argv])
 
 def _lab(argv):
     "JupyterLab in the folder of the notebooks, where there is one"

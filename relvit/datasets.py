@@ -96,7 +96,8 @@ def _place(root, *names):
 # %% ../nbs/06_datasets.ipynb #57d67f68
 def _cifar(kind, root, side, download):
     import torchvision.datasets as tv
-    parts = [getattr(tv, kind)(root or '.', train=train, download=download) for train in (True, False)]
+    try: parts = [getattr(tv, kind)(root or '.', train=train, download=download) for train in (True, False)]
+    except RuntimeError as e: raise _no(root, f'{kind}, or its files are not the official ones') from e
     pixels = [torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in parts]
     name = kind.replace('CIFAR', 'CIFAR-')
     return dict(zip(('train', 'test'), (Images(x, d.targets, d.classes, name) for x, d in zip(pixels, parts))))
@@ -231,12 +232,12 @@ def _sized(size, sizes):
     if not sides: raise ValueError(f'no patch cuts {size} pixels into 6 to 14 a side; choose another img_size')
     return max(sides), None, None
 
-def _by_name(known, root, size, p, valid, seed, splits, download, **kwargs):
+def _by_name(known, clean, root, size, p, valid, seed, splits, download, **kwargs):
     "The parts of a known data set, split as was asked for"
     size = size or known.img_size
     p, mean, std = _sized(size, known.sizes) if not p or size in known.sizes else (p, None, None)
     side = size if known.drawn else known.img_size if known.stored else round(size*8/7)
-    parts = known.read(root, side, download, **kwargs)
+    parts = {n: clean(ds) for n, ds in known.read(root, side, download, **kwargs).items()}
     said = {'trained on': 'its training images', 'reported on': known.test}
     if splits == 'reference':
         held = parts.get('valid') or parts['test']
@@ -251,16 +252,16 @@ def _by_name(known, root, size, p, valid, seed, splits, download, **kwargs):
     return Splits(parts['train'], held, parts['test'], said, size, p, mean, std, crop='shift' if native else 'resize',
                   pad=1 if known.name == 'digits' else 4, flip=known.flip, fit='resize' if known.stored else 'centre')
 
-def _of_folder(path, size, valid, seed, channels, labels):
+def _of_folder(path, clean, size, valid, seed, channels, labels):
     "A folder, with parts of their own where it has a folder `train`; its labels may be in a table"
     side, path = round(size*8/7), Path(path)
     said = {'trained on': f'images of {path.name}', 'chosen on': f'{path.name}, held out class by class, seed {seed}'}
     if labels:
-        rest, held = split(table_files(labels, side, path, channels=channels), valid, seed)
+        rest, held = split(clean(table_files(labels, side, path, channels=channels)), valid, seed)
         return Splits(rest, held, said=said)
     part = {n: path/n for n in ('train', 'valid', 'val', 'test') if (path/n).is_dir() and (path/'train').is_dir()}
-    train = image_files(part.get('train', path), side, channels)
-    rest = {n: image_files(p, side, channels, train.vocab) for n, p in part.items() if n != 'train'}
+    train = clean(image_files(part.get('train', path), side, channels))
+    rest = {n: clean(image_files(p, side, channels, train.vocab)) for n, p in part.items() if n != 'train'}
     held = rest.get('valid') or rest.get('val')
     if held is None: train, held = split(train, valid, seed)
     else:
@@ -271,15 +272,15 @@ def _of_folder(path, size, valid, seed, channels, labels):
     if 'test' in rest: said['reported on'] = 'its folder test'
     return Splits(train, held, rest.get('test'), said)
 
-def _of_hub(name, size, valid, seed, channels):
+def _of_hub(name, clean, size, valid, seed, channels):
     "A Hugging Face data set by name, or by the folder that `save_to_disk` wrote. Raises ImportError without `datasets`"
     try: import datasets
     except ImportError as e: raise ImportError(f"{name} needs Hugging Face's package: pip install 'relvit[hub]'") from e
     ds = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     if not isinstance(ds, dict): ds = dict(train=ds)
     read = partial(hub_images, side=round(size*8/7), channels=channels)
-    train = read(ds['train'])
-    rest = {n: read(d, vocab=train.vocab) for n, d in ds.items() if n != 'train'}
+    train = clean(read(ds['train']))
+    rest = {n: clean(read(d, vocab=train.vocab)) for n, d in ds.items() if n != 'train'}
     held, said = rest.get('validation'), {'trained on': f'{name}, train', 'chosen on': f'{name}, validation'}
     if held is None:
         (train, held), said['chosen on'] = split(train, valid, seed), f'{name}, held out of train class by class, seed {seed}'
@@ -311,20 +312,21 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
     "Data by name or place, its parts named. Raises ValueError for an unknown name, `Unreadable` for too many bad files"
     if splits not in ('held-out', 'reference'): raise ValueError(f"splits is 'held-out' or 'reference', not {splits!r}")
     if valid is not None and not 0 < valid < 1: raise ValueError(f'valid is a share between 0 and 1, not {valid}')
+    def clean(ds): return only_readable(ds, most_unreadable) if check and isinstance(ds, ImageFiles) else ds
     if str(data) in DATASETS:
         kwargs = dict(classes=classes) if classes else {}
-        s = _by_name(DATASETS[data], root, img_size, p, valid, seed, splits, download, **kwargs)
+        s = _by_name(DATASETS[data], clean, root, img_size, p, valid, seed, splits, download, **kwargs)
     else:
         size, share = img_size or 224, .2 if valid is None else valid
-        if str(data).startswith('hf:'): s = _of_hub(data[3:], size, share, seed, channels)
+        if str(data).startswith('hf:'): s = _of_hub(data[3:], clean, size, share, seed, channels)
         elif str(data).endswith('.tar'): s = _of_shards(str(data), size, .1 if valid is None else valid, classes, channels, most_unreadable)
-        elif Path(data).is_dir(): s = _of_folder(data, size, share, seed, channels, labels)
+        elif Path(data).is_dir(): s = _of_folder(data, clean, size, share, seed, channels, labels)
         else: raise _unknown(data)
         s.img_size, s.p = size, p or _sized(size, {224: (32, None, None)})[0]
     s.p, s.flip = p or s.p, s.flip if flip is None else flip
     if s.img_size % s.p: raise ValueError(f'patches of {s.p} pixels do not cut {s.img_size} pixels without a rest')
     s.in_use = dict(data=str(data), seed=seed, splits=splits, valid=valid)
-    _finish(s, most_unreadable, check, memory)
+    _keep(s, memory)
     return s
 
 def _unknown(data):
@@ -332,14 +334,9 @@ def _unknown(data):
     hint = f'did you mean {near[0]!r}?' if near else f'known are {", ".join(DATASETS)}'
     return ValueError(f'{data} is neither a folder nor a known data set; {hint}')
 
-def _finish(s, most, check, memory):
-    "Leave out what cannot be read; keep decoded what fits into memory"
-    same = s.test is s.valid
-    parts = {n: ds for n in ('train', 'valid', 'test') if (ds := getattr(s, n)) is not None}
-    files = sum(len(ds) for ds in parts.values() if not isinstance(ds, Shards))*torch.Size(s.train.shape).numel()
-    for n, ds in parts.items():
-        if isinstance(ds, ImageFiles):
-            if check: ds = only_readable(ds, most)
-            if files < memory*1e9: ds = ds.load()
-        setattr(s, n, ds)
-    if same: s.test = s.valid
+def _keep(s, memory):
+    "Decode once what fits into memory"
+    parts = {n: ds for n in ('train', 'valid', 'test') if isinstance(ds := getattr(s, n), ImageFiles)}
+    if sum(map(len, parts.values()))*torch.Size(s.train.shape).numel() < memory*1e9:
+        done = {id(ds): ds.load() for ds in parts.values()}
+        for n, ds in parts.items(): setattr(s, n, done[id(ds)])

@@ -75,7 +75,7 @@ def evaluate(run, # `Run` or its folder
     "Scores of a run and what stands beside them. Raises ValueError where the data has no such part"
     run = run if isinstance(run, Run) else Run(run)
     if part not in ('test', 'valid'): raise ValueError(f"part is 'test' or 'valid', not {part!r}")
-    c = MODES[run.config['mode']].from_dict(run.config).but(check=False)
+    c = MODES[run.config['mode']].from_dict(run.config)
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path = getattr(run, weights)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')

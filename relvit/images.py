@@ -6,13 +6,14 @@
 from __future__ import annotations
 import os, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'ImageFiles', 'find_unreadable', 'only_readable', 'image_files',
-           'table_files', 'HubImages', 'hub_images', 'split', 'few_labels']
+__all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'find_unreadable', 'only_readable', 'image_files', 'table_files',
+           'HubImages', 'hub_images', 'split', 'few_labels']
 
 # %% ../nbs/04_images.ipynb #644bba55
 class Unreadable(ValueError): "A file that cannot be read as an image; says which and why"
@@ -30,6 +31,7 @@ def as_rgb(im, # PIL image
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    if im.mode == 'LAB': im = im.convert('RGB') # which PIL cannot turn grey
     return im.convert('RGB' if channels == 3 else 'L')
 
 def read_image(source, # path, open file or PIL image
@@ -38,9 +40,9 @@ def read_image(source, # path, open file or PIL image
     "An image upright, scaled and squared. Raises `Unreadable` for what is no image"
     from PIL import Image, ImageOps
     try:
-        im = source if isinstance(source, Image.Image) else Image.open(source)
-        im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
-        im = ImageOps.fit(as_rgb(im, channels), (side, side), method=Image.Resampling.BICUBIC)
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as im:
+            im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
+            im = ImageOps.fit(as_rgb(im, channels), (side, side), method=Image.Resampling.BICUBIC)
     except FileNotFoundError: raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
         raise Unreadable(f'{source} cannot be read as an image: {e}') from e
@@ -77,7 +79,7 @@ class Images:
 def _threads(f, n, what):
     "f(0), ..., f(n-1) in order, side by side; PIL decodes outside of Python's lock"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(f, range(n)), what, n, disable=None if n > 500 else True, leave=False))
+        return list(tqdm(pool.map(f, range(n)), what, n, disable=None if n > 500 else True, leave=False) # only in a terminal)
 
 class ImageFiles(Images):
     "Image files with labels, decoded when a batch asks for them"

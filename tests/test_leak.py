@@ -2,7 +2,8 @@
 import warnings
 
 import pytest, torch
-from relvit.data import Images, image_dls
+from relvit.data import image_dls
+from relvit.images import Images
 from relvit.learner import joint_learner, pretrain_learner
 from relvit.patches import permute, random_perms
 from relvit.recipes import Recipe
