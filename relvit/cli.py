@@ -189,7 +189,8 @@ def overview() -> str:
 
 def main(argv:list[str]=None) -> int: # exit code
     "The command `relvit`"
-    warnings.filterwarnings('ignore', category=FutureWarning) # of libraries, to their developers
+    for kind in (FutureWarning, DeprecationWarning): warnings.filterwarnings('ignore', category=kind) # to developers
+    warnings.showwarning = lambda message, *args, **kwargs: print(f'relvit: {message}', file=sys.stderr)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # or torch's threads spin, and crawl beside any other work
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('-h', '--help', 'help'): print(overview()); return 0

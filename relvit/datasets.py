@@ -255,7 +255,8 @@ def _by_name(known, clean, root, size, p, valid, seed, splits, download, **kwarg
 def _of_folder(path, clean, size, valid, seed, channels, labels):
     "A folder, with parts of their own where it has a folder `train`; its labels may be in a table"
     side, path = round(size*8/7), Path(path)
-    said = {'trained on': f'images of {path.name}', 'chosen on': f'{path.name}, held out class by class, seed {seed}'}
+    of = f'{path.name}/train' if (path/'train').is_dir() else path.name
+    said = {'trained on': of, 'chosen on': f'held out of {of}, class by class, seed {seed}'}
     if labels:
         rest, held = split(clean(table_files(labels, side, path, channels=channels)), valid, seed)
         return Splits(rest, held, said=said)

@@ -84,7 +84,7 @@ def evaluate(run, # `Run` or its folder
     dl = learn.dls.test if part == 'test' else learn.dls.valid
     if dl is None: raise ValueError(f'{run.data["name"]} has no test set; part="valid" is what the run chose on')
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
-    scores = {k: v for k, v in zip(learn.recorder.metric_names[2:], values) if v is not None}
+    scores = {k.removeprefix('valid_'): v for k, v in zip(learn.recorder.metric_names[2:], values) if v is not None}
     beside, classes, model = {}, {}, learn.model
     train, test = _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls)
     if len(test) and len(train.y.unique()) > 1:

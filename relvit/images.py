@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'find_unreadable', 'only_readable', 'image_files', 'table_files',
-           'HubImages', 'hub_images', 'split', 'few_labels']
+__all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'ImageFiles', 'find_unreadable', 'only_readable', 'image_files',
+           'table_files', 'HubImages', 'hub_images', 'split', 'few_labels']
 
 # %% ../nbs/04_images.ipynb #644bba55
 class Unreadable(ValueError): "A file that cannot be read as an image; says which and why"
@@ -79,7 +79,8 @@ class Images:
 def _threads(f, n, what):
     "f(0), ..., f(n-1) in order, side by side; PIL decodes outside of Python's lock"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(f, range(n)), what, n, disable=None if n > 500 else True, leave=False) # only in a terminal)
+        silent = True if n < 500 else None # None: silent where there is no terminal
+        return list(tqdm(pool.map(f, range(n)), what, n, disable=silent, leave=False))
 
 class ImageFiles(Images):
     "Image files with labels, decoded when a batch asks for them"

@@ -89,7 +89,7 @@ class Run:
 
     def __repr__(self):
         m = self.metrics[-1] if self.metrics else {}
-        valid = ', '.join(f'{k} {v:.4g}' for k, v in m.get('valid', {}).items() if v is not None and k in m.get('chance', k))
+        valid = ', '.join(f'{k} {v:.4g}' for k, v in m.get('valid', {}).items() if v is not None and (k in m['chance'] or k == 'labels_acc'))
         return f'Run {self.path}: {self.status}' + (f'; {valid}' if valid else '')
 
 # %% ../nbs/36_runs.ipynb #e3b1e9b5
