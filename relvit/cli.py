@@ -5,15 +5,15 @@
 # %% ../nbs/69_cli.ipynb #20072ad1
 from __future__ import annotations
 import argparse, difflib, json, os, platform, shutil, subprocess, sys, warnings
-from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 import tyro
 from tyro.conf import Positional
 
 # %% auto #0
-__all__ = ['MORE', 'EXTRAS', 'COMMANDS', 'pretrain', 'finetune', 'joint', 'overview', 'main']
+__all__ = ['MORE', 'EXTRAS', 'COMMANDS', 'overview', 'main']
 
 # %% ../nbs/69_cli.ipynb #2a51e44d
 def _options(argv):
@@ -57,10 +57,6 @@ def _tell(run, mode):
     say(f'In {run.path}: weights, metrics.jsonl, figures. Next: relvit evaluate {run.path}' +
         (f', or relvit finetune{same} --init {run.path}' if mode == 'pretrain' else f', or relvit export {run.path} weights.safetensors'))
     return 0
-
-def pretrain(argv): return _train('pretrain', argv)
-def finetune(argv): return _train('finetune', argv)
-def joint(argv): return _train('joint', argv)
 
 # %% ../nbs/69_cli.ipynb #14bb3d60
 def _show(value, plain): print(value if sys.stdout.isatty() else json.dumps(plain))
@@ -170,9 +166,9 @@ def _lab(argv):
 def _typed(f, name): return lambda argv: tyro.cli(f, prog=f'relvit {name}', args=argv)
 
 COMMANDS = dict( # name: (what it does, function of the rest of the line)
-    pretrain=('pretrain an encoder on relations of patches; no label is looked at', pretrain),
-    finetune=('train an encoder on labels, from a pretrained one or from scratch', finetune),
-    joint=('train on labels and relations at once', joint),
+    pretrain=('pretrain an encoder on relations of patches; no label is looked at', partial(_train, 'pretrain')),
+    finetune=('train an encoder on labels, from a pretrained one or from scratch', partial(_train, 'finetune')),
+    joint=('train on labels and relations at once', partial(_train, 'joint')),
     evaluate=('score a run, beside what guessing, pixels and a random encoder are worth', _typed(_evaluate, 'evaluate')),
     predict=('label new images', _typed(_predict, 'predict')),
     export=('weights as a plain timm checkpoint', _typed(_export, 'export')),
@@ -182,6 +178,7 @@ COMMANDS = dict( # name: (what it does, function of the rest of the line)
     lab=('open JupyterLab', _lab))
 
 def overview() -> str:
+    "What `relvit` without a command says"
     rows = [f'  {n:<10} {what}' for n, (what, _) in COMMANDS.items()]
     return '\n'.join(['usage: relvit COMMAND [options]', '', 'Vision Transformers that learn from the relations between the patches of an image.', '',
                       *rows, '', 'relvit COMMAND --help lists the options of a command. A first run, without any data:', '',

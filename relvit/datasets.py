@@ -256,7 +256,7 @@ def _of_folder(path, clean, size, valid, seed, channels, labels):
     "A folder, with parts of their own where it has a folder `train`; its labels may be in a table"
     side, path = round(size*8/7), Path(path)
     of = f'{path.name}/train' if (path/'train').is_dir() else path.name
-    said = {'trained on': of, 'chosen on': f'held out of {of}, class by class, seed {seed}'}
+    said = {'trained on': of, 'chosen on': f'held out of {of}, seed {seed}'}
     if labels:
         rest, held = split(clean(table_files(labels, side, path, channels=channels)), valid, seed)
         return Splits(rest, held, said=said)
@@ -284,7 +284,7 @@ def _of_hub(name, clean, size, valid, seed, channels):
     rest = {n: clean(read(d, vocab=train.vocab)) for n, d in ds.items() if n != 'train'}
     held, said = rest.get('validation'), {'trained on': f'{name}, train', 'chosen on': f'{name}, validation'}
     if held is None:
-        (train, held), said['chosen on'] = split(train, valid, seed), f'{name}, held out of train class by class, seed {seed}'
+        (train, held), said['chosen on'] = split(train, valid, seed), f'{name}, held out of train, seed {seed}'
     if 'test' in rest: said['reported on'] = f'{name}, test'
     return Splits(train, held, rest.get('test'), said)
 

@@ -11,7 +11,6 @@ from fastai.callback.core import Callback
 from multiprocessing import get_context
 from pathlib import Path
 from .checkpoint import write_whole
-from .plots import plt
 from .runs import provenance
 from .training import Progress
 

@@ -4,11 +4,10 @@
 
 # %% ../nbs/39_training.ipynb #574df30d
 from __future__ import annotations
-import difflib, json, os, sys, time, typing, torch, yaml
+import difflib, json, sys, time, typing, torch, yaml
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
-from fastcore.basics import patch
 from pathlib import Path
 from typeguard import TypeCheckError, check_type
 from .augment import parse_augment

@@ -1,5 +1,5 @@
 "The command line as a person uses it: a folder of images to weights at home, and every way to be told what was wrong."
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, timm, torch, yaml

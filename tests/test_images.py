@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from relvit.data import make_dls
-from relvit.datasets import IMAGENET100, digits, open_data
+from relvit.datasets import IMAGENET100, open_data
 from relvit.images import Unreadable, image_files, only_readable, read_image
 
 

@@ -1,8 +1,8 @@
 "A run that was stopped, killed or cut inside an epoch goes on as if nothing had happened, to the bit."
-import json, os, random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from fastai.callback.core import Callback
 from PIL import Image
 
