@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lab setup benchmark record notebooks readme clean
+.PHONY: demo test lab setup benchmark record study notebooks readme clean
 demo: setup
 	$(BIN)/python -W ignore -m relvit.demo $(ARGS)
 
@@ -25,6 +25,10 @@ setup: .venv/.ready
 record: setup
 	$(BIN)/python -W ignore -m relvit.demo --all --first 10 --record results/demo.json
 	cp demo/demo.png nbs/images/demo.png
+
+# an hour on 2 cores; a second call goes on where the first was stopped
+study: setup
+	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --record results/photos.json --keep runs/photos
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py

@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
-import tyro
+import tyro, yaml
 from tyro.conf import Positional
 
 # %% auto #0
@@ -22,10 +22,20 @@ def _options(argv):
     early.add_argument('--config')
     early.add_argument('--resume')
     early.add_argument('--dry-run', action='store_true')
+    early.add_argument('--init')
     return early.parse_known_args(argv)
+
+def _default(kind, early):
+    "What holds where no flag says otherwise: the data of the run it starts from, then the file"
+    said = yaml.safe_load(Path(early.config).read_text()) or {} if early.config else {}
+    if early.config: kind.read(early.config) # says what is wrong with it
+    init = early.init or said.get('init')
+    if init and (Path(init)/'config.json').is_file(): return kind.after(init, **{k.replace('-', '_'): v for k, v in said.items()} | dict(init=init))
+    return kind.from_dict(said | (dict(init=init) if init else {}))
 
 MORE = """
 --config FILE reads options from YAML, and options given here override it.
+--init RUN starts with the encoder of a run, and takes its data too where nothing else is said.
 --dry-run shows what would be run: data, token grid, parameters, memory, time.
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
@@ -36,7 +46,7 @@ def _train(mode, argv):
         if rest or early.config: raise ValueError(f'--resume goes on with what the run began with; it takes no {(rest or ["--config"])[0]}')
         run = train(resume=early.resume, tell='console')
     else:
-        default = kind.read(early.config) if early.config else kind()
+        default = _default(kind, early)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # a default is no mistake
             c = tyro.cli(kind, prog=f'relvit {mode}', args=rest, default=default, description=f'{kind.__doc__}.\n{MORE}')
@@ -53,9 +63,8 @@ def _tell(run, mode):
         say(f'\n{run.status}, and saved. Go on with: relvit {mode} --resume {run.path}')
         return 130
     say(f'\n{run!r}')
-    same = ''.join(f' --{k.replace("_", "-")} {run.config[k]}' for k in ('data', 'root') if run.config.get(k))
     say(f'In {run.path}: weights, metrics.jsonl, figures. Next: relvit evaluate {run.path}' +
-        (f', or relvit finetune{same} --init {run.path}' if mode == 'pretrain' else f', or relvit export {run.path} weights.safetensors'))
+        (f', or relvit finetune --init {run.path}' if mode == 'pretrain' else f', or relvit export {run.path} weights.safetensors'))
     return 0
 
 # %% ../nbs/69_cli.ipynb #14bb3d60

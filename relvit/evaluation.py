@@ -12,6 +12,7 @@ from .data import centre
 from .images import Images, Unreadable, read_image
 from .probe import embed, knn, logistic
 from .runs import Run
+from .shards import Shards
 from .tokens import TokenEncoder
 from .training import MODES, load_model, make_learner, open_config_data
 
@@ -86,8 +87,9 @@ def evaluate(run, # `Run` or its folder
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
     scores = {k.removeprefix('valid_'): v for k, v in zip(learn.recorder.metric_names[2:], values) if v is not None}
     beside, classes, model = {}, {}, learn.model
-    train, test = _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls)
-    if len(test) and len(train.y.unique()) > 1:
+    stream = isinstance(learn.dls.train_ds, Shards) # which cannot be gone through
+    train, test = None if stream else _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls)
+    if not stream and len(test) and len(train.y.unique()) > 1:
         y, ty, (x, tx) = train.y, test.y, (ds.x.flatten(1).float()/255 for ds in (train, test))
         beside |= {'majority class': (ty == y.mode().values).float().mean().item(), 'pixels, 20 nearest neighbours': knn(x, y, tx, ty),
                    'pixels, logistic regression': logistic(x, y, tx, ty, C=1e-3)}

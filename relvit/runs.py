@@ -224,7 +224,7 @@ def before_validate(self:RecordRun):
 def _add(self:RecordRun):
     n = len(self.learn.xb[0])
     new = dict(loss=self.learn.loss.detach(), **getattr(self.learn.model, 'scores', {}))
-    for k, v in new.items(): self.sums[k] = self.sums.get(k, 0) + v.double()*n
+    for k, v in new.items(): self.sums[k] = self.sums.get(k, 0) + (v.cpu() if v.device.type == 'mps' else v).double()*n
     self.count += n
 
 @patch

@@ -27,10 +27,14 @@ from .tasks import Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['MODES', 'Config', 'Pretrain', 'Finetune', 'Joint', 'parse_tasks', 'parse_args', 'open_config_data', 'config_recipe',
-           'make_learner', 'Plan', 'as_time', 'plan', 'Progress', 'Console', 'train', 'show_learnt', 'load_model']
+__all__ = ['DATA', 'MODES', 'Config', 'Pretrain', 'Finetune', 'Joint', 'parse_tasks', 'parse_args', 'open_config_data',
+           'config_recipe', 'make_learner', 'Plan', 'as_time', 'plan', 'Progress', 'Console', 'train', 'show_learnt',
+           'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
+DATA = ('data', 'root', 'labels', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
+        'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
+
 @dataclass(frozen=True)
 class Config:
     "What a run is made of. Raises ValueError for an unknown key, a wrong type or an impossible value"
@@ -101,6 +105,12 @@ class Config:
         except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from e
         if not isinstance(values, dict): raise ValueError(f'{path} must hold lines of "key: value"')
         return cls.from_dict(values)
+
+    @classmethod
+    def after(cls, run, **changes): # run folder
+        "Starts with the encoder of a run, on the data of that run"
+        c = Run(run).config
+        return cls.from_dict({k: c[k] for k in DATA} | dict(init=str(run)) | changes)
 
     def asdict(self): return dict(mode=self.mode, **asdict(self))
     @property
@@ -323,7 +333,11 @@ def train(c:Config=None, # what to do
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
         c = MODES[run.config['mode']].from_dict(run.config)
     learn = make_learner(c)
-    if not resume: run = Run.create(_folder(c), c.asdict(), learn.dls.splits.report())
+    if c.init: c = c.but(encoder=learn.model.encoder.config.get('name') or c.encoder) # it was not built, but loaded
+    report = json.loads(json.dumps(learn.dls.splits.report()))
+    if not resume: run = Run.create(_folder(c), c.asdict(), report)
+    elif changed := [k for k in report if report[k] != run.data.get(k)]:
+        raise ValueError(f'the data is not what the run began with: {changed[0]} was {run.data.get(changed[0])}, is {report[changed[0]]}')
     fresh = resume and not run.last.exists() # killed before its first state
     recorder = RecordRun(run, resume=bool(resume) and not fresh, every=c.every, seed=c.seed)
     with ExitStack() as stack:

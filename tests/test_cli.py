@@ -40,9 +40,11 @@ def test_from_a_folder_to_predictions_and_weights(home):
     run = call('pretrain', '--config', 'mine.yaml', *tiny, '--name', 'pre', '--epochs', 3, cwd=home)
     rows = [json.loads(line) for line in run.stdout.splitlines()] # machine-readable where there is no terminal
     assert [r['epoch'] for r in rows] == [0, 1, 2] and {'relations_acc', 'positions_acc'} <= set(rows[0]['chance'])
-    assert 'relvit finetune --data mine --init runs/pre' in run.stderr
+    assert 'relvit finetune --init runs/pre' in run.stderr
     assert list(Run(home/'runs/pre').data['skipped']) == ['mine/train/digit 3/broken.png']
-    call('finetune', '--config', 'mine.yaml', '--device', 'cpu', '--init', 'runs/pre', '--pool', 'flat', '--epochs', 6, '--name', 'fine', cwd=home)
+    call('finetune', '--init', 'runs/pre', '--bs', 50, '--pool', 'flat', '--epochs', 6, '--name', 'fine', cwd=home)
+    c = Run(home/'runs/fine').config
+    assert (c['data'], c['img_size'], c['channels'], c['encoder']) == ('mine', 24, 1, 'vit_tiny_patch16_224')
     e = json.loads(call('evaluate', 'runs/fine', cwd=home).stdout)
     assert e['images'] == 60 and e['scores']['labels_acc'] > e['beside']['majority class'] and len(e['classes']) == 10
     assert json.loads((home/'runs/fine/evaluation-test-last.json').read_text()) == e

@@ -121,6 +121,15 @@ def test_a_stream_of_shards_resumes(tmp_path):
         same(whole, quietly(resume=cut.path))
 
 
+def test_other_data_is_refused(folder, tmp_path):
+    "A file that came or went would change the order of everything after it"
+    import shutil
+    mine = shutil.copytree(folder, tmp_path/'mine')
+    run = quietly(MODES['pretrain'](data=str(mine), img_size=16, p=4, channels=1, out=str(tmp_path), name='a'), cbs=[StopAt(0, 2)])
+    next(mine.glob('1/*.png')).unlink()
+    with pytest.raises(ValueError, match='the data is not what the run began with: parts was'): quietly(resume=run.path)
+
+
 def test_another_plan_is_refused(tmp_path):
     run = quietly(MODES['pretrain'](out=str(tmp_path), name='a'), cbs=[StopAt(0, 2)])
     c = MODES['pretrain'](out=str(tmp_path)).but(steps=6)
