@@ -272,3 +272,16 @@ def attention(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
     with _attention_caught(self.model, caught): self(x, pos_embed)
     if not caught: raise RuntimeError(f'{type(self.model).__name__} has no attention that could be caught')
     return caught
+
+# %% ../nbs/10_tokens.ipynb #013c1c2d
+@patch
+def attention_places(self:TokenEncoder) -> list[tuple]: # one ((h,w), (windows,tokens) ids of patches, -1 = padding; None = all) a block
+    "Where the rows of each map of `attention` lie"
+    places = []
+    for m in self.model.modules():
+        if hasattr(m, 'shift_size') and hasattr(m, 'window_size'):
+            (h, w), (wh, ww) = m.input_resolution, m.window_size
+            ids = torch.arange(h*w).reshape(1, 1, h, w).roll((-m.shift_size[0], -m.shift_size[1]), (2, 3))
+            ids = torch.nn.functional.pad(ids, (0, -w % ww, 0, -h % wh), value=-1)
+            places.append(((h, w), ids.unfold(2, wh, wh).unfold(3, ww, ww).reshape(-1, wh*ww)))
+    return places or [(self.grid, None)]*sum(hasattr(m, 'attn_drop') and hasattr(m, 'fused_attn') for m in self.model.modules())
