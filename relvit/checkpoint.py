@@ -174,7 +174,7 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     weights = dict(enc.model.state_dict())
     if enc.is_vit and not enc.pos_embed: weights['pos_embed'] = torch.zeros_like(weights['pos_embed'])
     head, head_args, note = _timm_head(model)
-    stats = {k: getattr(enc, k).flatten().tolist() for k in ('mean', 'std')}
+    stats = {k: [round(v, 6) for v in getattr(enc, k).flatten().tolist()] for k in ('mean', 'std')}
     args |= head_args
     args['pretrained_cfg_overlay'] = dict(stats, input_size=[enc.in_chans, *enc.img_size], num_classes=args['num_classes'])
     path = _write(weights | head, dict(timm=args), path)

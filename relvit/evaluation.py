@@ -87,6 +87,7 @@ def evaluate(run, # `Run` or its folder
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
     scores = {k.removeprefix('valid_'): v for k, v in zip(learn.recorder.metric_names[2:], values) if v is not None}
     beside, classes, model = {}, {}, learn.model
+    if len(model.tasks) == 1: scores.pop('loss') # which is that of the task
     stream = isinstance(learn.dls.train_ds, Shards) # which cannot be gone through
     train, test = None if stream else _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls)
     if not stream and len(test) and len(train.y.unique()) > 1:
