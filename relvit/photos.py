@@ -19,8 +19,8 @@ from .runs import provenance
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['ROWS', 'ARMS', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_long',
-           'arm_supervised_plain', 'arm_relvit', 'arm_relvit_labelled', 'arm_joint', 'study']
+__all__ = ['ROWS', 'ARMS', 'PAIRS', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_long',
+           'arm_supervised_plain', 'arm_relvit', 'arm_relvit_labelled', 'arm_joint', 'gains', 'study']
 
 # %% ../nbs/62_photos.ipynb #e2c7efd4
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Photos:
 
 ROWS = dict( # name: what it is, in the words of the table
     relvit='RelViT: pretrained on relations, then finetuned',
-    relvit_plain='the same, finetuned with crop and flip only',
+    relvit_plain='RelViT, finetuned with crop and flip only',
     relvit_labelled='RelViT pretrained on the labelled images only',
     supervised='supervised, same finetuning steps',
     supervised_all='supervised, all steps (equal compute)',
-    supervised_long='the same, twice the steps',
-    supervised_plain='all steps, with crop and flip only',
-    joint='joint: labels and relations, all steps',
+    supervised_long='supervised, twice all steps',
+    supervised_plain='supervised, all steps, crop and flip only',
+    joint='joint: labels and relations, all steps, two passes each',
     frozen='frozen RelViT features, logistic regression',
     frozen_knn='frozen RelViT features, 20 nearest neighbours',
     random='frozen features of a random encoder, logistic regression',
@@ -132,6 +132,16 @@ def arm_joint(cfg, seed, tell, out):
 # %% ../nbs/62_photos.ipynb #f9c34883
 ARMS = {a: globals()[f'arm_{a}'] for a in ('relvit', 'supervised_all', 'supervised_long', 'supervised_plain', 'joint', 'relvit_labelled', 'supervised')}
 
+PAIRS = [('relvit', 'supervised_all', 'equal compute'), ('relvit', 'supervised', 'same finetuning steps'),
+         ('relvit', 'supervised_long', 'half its compute'), ('joint', 'supervised_long', 'equal compute: a joint step passes twice'),
+         ('joint', 'relvit', 'more compute, fewer images'), ('relvit', 'relvit_labelled', 'the worth of 43,000 unlabelled images'),
+         ('relvit_plain', 'supervised_plain', 'equal compute, a weak baseline')]
+
+def gains(results) -> list[str]:
+    "The paired differences that the study is about, in points"
+    short = lambda n: ROWS[n].split(':')[0]
+    return [f'{short(a)} over {short(b)} ({why}): {gain(results[a], results[b])}' for a, b, why in PAIRS if a in results and b in results]
+
 @call_parse
 def study(root:str, # folder that holds cifar-10-batches-py
           seeds:int=3, first:int=0, # how many, and the first of them
@@ -144,5 +154,4 @@ def study(root:str, # folder that holds cifar-10-batches-py
     cfg = Photos(root, pretrain=6, finetune=4, dim=24, depth=1, labels=10) if quick else Photos(root)
     results = run_arms(ARMS, list(range(first, first + seeds)), cfg, workers=workers, keep=keep)
     write_record(record, results, range(first, first + seeds), replace(cfg, root='cifar-10'), seconds=round(time.time() - began), **origin)
-    print(table(results, ROWS))
-    for other in ('supervised_all', 'supervised_long', 'supervised'): print(f"RelViT over {ROWS[other]}: {gain(results['relvit'], results[other])}")
+    print(table(results, ROWS), *gains(results), sep='\n')
