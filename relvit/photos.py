@@ -132,14 +132,14 @@ def arm_joint(cfg, seed, tell, out):
 # %% ../nbs/62_photos.ipynb #f9c34883
 ARMS = {a: globals()[f'arm_{a}'] for a in ('relvit', 'supervised_all', 'supervised_long', 'supervised_plain', 'joint', 'relvit_labelled', 'supervised')}
 
-PAIRS = [('relvit', 'supervised_all', 'equal compute'), ('relvit', 'supervised', 'same finetuning steps'),
+PAIRS = [('relvit', 'supervised_all', 'equal compute'), ('relvit', 'supervised', 'pretraining comes on top'),
          ('relvit', 'supervised_long', 'half its compute'), ('joint', 'supervised_long', 'equal compute: a joint step passes twice'),
          ('joint', 'relvit', 'more compute, fewer images'), ('relvit', 'relvit_labelled', 'the worth of 43,000 unlabelled images'),
          ('relvit_plain', 'supervised_plain', 'equal compute, a weak baseline')]
 
 def gains(results) -> list[str]:
     "The paired differences that the study is about, in points"
-    short = lambda n: ROWS[n].split(':')[0]
+    short = lambda n: ROWS[n].split(':')[0].split(' (')[0]
     return [f'{short(a)} over {short(b)} ({why}): {gain(results[a], results[b])}' for a, b, why in PAIRS if a in results and b in results]
 
 @call_parse
