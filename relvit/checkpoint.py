@@ -15,7 +15,7 @@ from .tasks import RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['write_whole', 'save', 'read_meta', 'Report', 'load', 'load_encoder', 'Export', 'export_timm']
+__all__ = ['write_whole', 'save', 'read_meta', 'Report', 'load', 'encoder_config', 'load_encoder', 'Export', 'export_timm']
 
 # %% ../nbs/34_checkpoint.ipynb #3bc6b65f
 def write_whole(path, # where the file shall be
@@ -121,10 +121,23 @@ def _resized(model, w, meta):
     except ValueError: return None
 
 # %% ../nbs/34_checkpoint.ipynb #708fb456
-def load_encoder(path # file of `save`
+def encoder_config(path # file of `save` or `export_timm`
+                  ) -> dict: # {} for another's
+    "The arguments of the `TokenEncoder` in a file"
+    meta = read_meta(path)
+    if (meta.get('encoder') or {}).get('name'): return dict(meta['encoder'])
+    if not (args := dict(meta.get('timm') or {})): return {}
+    cfg = args.pop('pretrained_cfg_overlay')
+    for k in ('num_classes', 'global_pool', 'fc_norm'): args.pop(k, None)
+    size = {'img_size': tuple(args.pop('img_size'))} if 'img_size' in args else {}
+    return dict(name=args.pop('model_name'), p=args.pop('patch_size', None), cls=args.pop('class_token', True),
+                mean=cfg['mean'], std=cfg['std'], **size, **args)
+
+def load_encoder(path, # file of `save` or `export_timm`
+                 **changes # of the arguments of `TokenEncoder`, like img_size or drop_path_rate
                 ) -> TokenEncoder:
     "Build the encoder of a file and fill it. Raises ValueError for a file that does not say which"
-    config = dict(read_meta(path).get('encoder') or {})
+    config = encoder_config(path) | changes
     if not config.get('name'):
         raise ValueError(f'{path} does not say which timm model it holds; build the encoder and use load(path, encoder)')
     encoder = TokenEncoder(config.pop('name'), **config)
@@ -157,6 +170,14 @@ def _timm_head(model):
     args = dict(num_classes=task.classes) | (dict(global_pool='avg', fc_norm=False) if pool == 'mean' else {})
     return {'head.weight': fc.weight, 'head.bias': fc.bias}, args, ''
 
+def _preparation(obj, size):
+    "How images become the square that the model sees, in timm's words; vocab and fit are a run's or those of the data"
+    splits = getattr(getattr(obj, 'dls', None), 'splits', None)
+    fit, vocab = getattr(obj, 'fit', getattr(splits, 'fit', None)), getattr(obj, 'vocab', splits and splits.train.vocab)
+    whole = size/(round(size*8/7) + .25) # timm rounds down
+    said = dict(interpolation='bicubic', crop_pct=1. if fit == 'resize' else round(whole, 6)) if fit else {}
+    return said | (dict(label_names=list(vocab)) if vocab else {})
+
 def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
                 path # file, .safetensors
                ) -> Export:
@@ -176,7 +197,9 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     head, head_args, note = _timm_head(model)
     stats = {k: [round(v, 6) for v in getattr(enc, k).flatten().tolist()] for k in ('mean', 'std')}
     args |= head_args
-    args['pretrained_cfg_overlay'] = dict(stats, input_size=[enc.in_chans, *enc.img_size], num_classes=args['num_classes'])
+    said = _preparation(obj, enc.img_size[0])
+    if not args['num_classes']: said.pop('label_names', None)
+    args['pretrained_cfg_overlay'] = dict(stats, input_size=[enc.in_chans, *enc.img_size], num_classes=args['num_classes'], **said)
     path = _write(weights | head, dict(timm=args), path)
     write_whole(path.with_suffix('.json'), lambda f: Path(f).write_text(json.dumps(args, indent=1)))
     return Export(path, args, note)

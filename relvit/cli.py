@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
-import tyro, yaml
+import tyro
 from tyro.conf import Positional
 
 # %% auto #0
@@ -25,17 +25,15 @@ def _options(argv):
     early.add_argument('--init')
     return early.parse_known_args(argv)
 
-def _default(kind, early):
-    "What holds where no flag says otherwise: the data of the run it starts from, then the file"
-    said = yaml.safe_load(Path(early.config).read_text()) or {} if early.config else {}
-    if early.config: kind.read(early.config) # says what is wrong with it
-    init = early.init or said.get('init')
-    if init and (Path(init)/'config.json').is_file(): return kind.after(init, **{k.replace('-', '_'): v for k, v in said.items()} | dict(init=init))
-    return kind.from_dict(said | (dict(init=init) if init else {}))
+def _run(name):
+    "A run folder, or the name of one in `runs`"
+    from relvit.runs import Run
+    there = Path('runs')/name
+    return Run(there if (there/'config.json').is_file() and not (Path(name)/'config.json').is_file() else name)
 
 MORE = """
 --config FILE reads options from YAML, and options given here override it.
---init RUN starts with the encoder of a run, and takes its data too where nothing else is said.
+--init RUN starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said.
 --dry-run shows what would be run: data, token grid, parameters, memory, time.
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
@@ -44,9 +42,14 @@ def _train(mode, argv):
     kind, (early, rest) = MODES[mode], _options(argv)
     if early.resume:
         if rest or early.config: raise ValueError(f'--resume goes on with what the run began with; it takes no {(rest or ["--config"])[0]}')
-        run = train(resume=early.resume, tell='console')
+        if (was := _run(early.resume)).config['mode'] != mode:
+            raise ValueError(f'{was.path} is a {was.config["mode"]} run: relvit {was.config["mode"]} --resume {was.path}' +
+                             (f'; to train on from its encoder: relvit {mode} --init {was.path}' if was.summary else ''))
+        run = train(resume=was.path, tell='console')
     else:
-        default = _default(kind, early)
+        init = dict(init=early.init) if early.init else {}
+        default = kind.read(early.config, **init) if early.config else kind.of(init)
+        if early.init: rest += ['--init', early.init]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # a default is no mistake
             c = tyro.cli(kind, prog=f'relvit {mode}', args=rest, default=default, description=f'{kind.__doc__}.\n{MORE}')
@@ -63,7 +66,8 @@ def _tell(run, mode):
         say(f'\n{run.status}, and saved. Go on with: relvit {mode} --resume {run.path}')
         return 130
     say(f'\n{run!r}')
-    say(f'In {run.path}: weights, metrics.jsonl, figures. Next: relvit evaluate {run.path}' +
+    part = '' if 'images' in run.data['parts']['reported on'] else ' --part valid'
+    say(f'In {run.path}: weights, metrics.jsonl, figures. Next: relvit evaluate {run.path}{part}' +
         (f', or relvit finetune --init {run.path}' if mode == 'pretrain' else f', or relvit export {run.path} weights.safetensors'))
     return 0
 
@@ -80,7 +84,7 @@ def _evaluate(run:Positional[Path], part:Literal['test', 'valid']='test', weight
         most: labelled training images for what stands beside
     """
     from relvit.evaluation import evaluate
-    e = evaluate(run, part, weights, most)
+    e = evaluate(_run(run), part, weights, most)
     _show(e, e.asdict())
 
 def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|None=None, weights:Literal['last', 'best']='last'):
@@ -88,16 +92,16 @@ def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|
 
     Args:
         run: run folder, of finetune or joint
-        files: images, or one folder of them
+        files: images, and folders of them
         out: CSV file; the screen if not given
         weights: last epoch, or the best on the held-out part
     """
     from relvit.checkpoint import write_whole
     from relvit.evaluation import predict
-    table = predict(run, files[0] if len(files) == 1 else list(files), weights)
-    if out is None: return print(table.to_csv(index=False), end='')
-    write_whole(out, lambda f: table.to_csv(f, index=False))
-    print(f'{len(table)} images in {out}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
+    table = predict(_run(run), list(files), weights)
+    if out is None: print(table.to_csv(index=False), end='')
+    else: write_whole(out, lambda f: table.to_csv(f, index=False))
+    print(f'{len(table)} images{f" in {out}" if out else ""}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
 
 def _export(run:Positional[Path], out:Positional[Path], weights:Literal['last', 'best']='last'):
     """Weights that timm loads, and the arguments of timm.create_model beside them.
@@ -110,7 +114,7 @@ def _export(run:Positional[Path], out:Positional[Path], weights:Literal['last', 
     from relvit.checkpoint import export_timm
     from relvit.training import load_model
     if out.suffix != '.safetensors': raise ValueError(f'{out} must end in .safetensors')
-    print(repr(export_timm(load_model(run, weights), out)))
+    print(repr(export_timm(load_model(_run(run), weights), out)))
 
 def _runs(what:Positional[Literal['list', 'compare']]='list', names:Positional[tuple[Path, ...]]=(), folder:Path=Path('runs')):
     """The runs of a folder, or a table of what differs between some and where they came out.
@@ -120,12 +124,13 @@ def _runs(what:Positional[Literal['list', 'compare']]='list', names:Positional[t
         names: run folders to compare; all of the folder if none is given
         folder: where they lie
     """
-    from relvit.runs import Run, compare, list_runs
-    found = [Run(n) for n in names] or list_runs(folder)
+    from relvit.runs import compare, list_runs
+    found = [_run(n) for n in names] or list_runs(folder)
     if not found: raise FileNotFoundError(f'there is no run in {folder}')
     if what == 'compare':
         table = compare(found)
-        return print(table.to_string() if sys.stdout.isatty() else table.to_json(orient='index'))
+        tall = table.T if len(table) < 5 else table
+        return print(tall.to_string(na_rep='') if sys.stdout.isatty() else table.to_json(orient='index'))
     for r in found: print(r if sys.stdout.isatty() else json.dumps(dict(path=str(r.path), status=r.status, **(r.metrics or [{}])[-1])))
 
 # %% ../nbs/69_cli.ipynb #db729498
@@ -205,8 +210,14 @@ def main(argv:list[str]=None) -> int: # exit code
         near = difflib.get_close_matches(name, COMMANDS, 1)
         print(f'relvit: there is no command {name!r}' + (f'; did you mean {near[0]!r}?' if near else '') + '\n\n' + overview(), file=sys.stderr)
         return 2
-    try: return COMMANDS[name][1](rest) or 0
+    try:
+        code = COMMANDS[name][1](rest) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt: return 130
+    except BrokenPipeError: # who read along has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, TypeError) as e:
         if os.environ.get('RELVIT_DEBUG'): raise
         print(f'relvit {name}: {str(e) or type(e).__name__}', file=sys.stderr)

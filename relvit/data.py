@@ -11,6 +11,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import chunked, patch
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import center_crop
 from .augment import random_flip, random_resized_crop, random_shift
 from .datasets import Splits, open_data
 from .images import ImageFiles, few_labels
@@ -98,9 +99,8 @@ class ImageLoader(DataLoader):
 
 # %% ../nbs/32_data.ipynb #ccbe1075
 def centre(x, size):
-    "The middle of each image"
-    top, left = (x.shape[-2] - size)//2, (x.shape[-1] - size)//2
-    return x[..., top:top + size, left:left + size]
+    "The middle of each image, as torchvision and timm cut it"
+    return center_crop(x, [size, size])
 
 def resize(x, size):
     "The whole of each image at another size, in [0,1]"

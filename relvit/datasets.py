@@ -6,6 +6,7 @@
 from __future__ import annotations
 import difflib, torch, warnings
 from dataclasses import dataclass, field
+from fastai.data.transforms import get_image_files
 from functools import partial
 from pathlib import Path
 from .images import Images, ImageFiles, hub_images, image_files, only_readable, split, table_files
@@ -83,7 +84,8 @@ def _add(*args, **kwargs):
     known = Known(*args, **kwargs)
     DATASETS[known.name] = known
 
-def _no(root, what): return FileNotFoundError(f'{root} does not hold {what}; give the folder that does as root=, or download=True')
+def _no(root, what): return FileNotFoundError(f'{Path(root or ".").absolute()} does not hold {what}; '
+                                                     'root is the folder that does, and with download it is fetched')
 
 def _place(root, *names):
     "The first of some folders or files below `root`; `root` itself may be it"
@@ -252,17 +254,24 @@ def _by_name(known, clean, root, size, p, valid, seed, splits, download, **kwarg
     return Splits(parts['train'], held, parts['test'], said, size, p, mean, std, crop='shift' if native else 'resize',
                   pad=1 if known.name == 'digits' else 4, flip=known.flip, fit='resize' if known.stored else 'centre')
 
-def _of_folder(path, clean, size, valid, seed, channels, labels):
+def _of_folder(path, clean, size, valid, seed, channels, labels, columns):
     "A folder, with parts of their own where it has a folder `train`; its labels may be in a table"
     side, path = round(size*8/7), Path(path)
     of = f'{path.name}/train' if (path/'train').is_dir() else path.name
     said = {'trained on': of, 'chosen on': f'held out of {of}, seed {seed}'}
     if labels:
-        rest, held = split(clean(table_files(labels, side, path, channels=channels)), valid, seed)
-        return Splits(rest, held, said=said)
+        listed = table_files(labels, side, path, *(columns or (None, None)), channels)
+        unlisted = len({p.resolve() for p in get_image_files(path)} - {p.resolve() for p in listed.files})
+        of = f'what {Path(labels).name} lists' + (f' ({unlisted} images of {path.name} are not in it)' if unlisted else '')
+        rest, held = split(clean(listed), valid, seed)
+        return Splits(rest, held, said={'trained on': of, 'chosen on': f'held out of what {Path(labels).name} lists, seed {seed}'})
     part = {n: path/n for n in ('train', 'valid', 'val', 'test') if (path/n).is_dir() and (path/'train').is_dir()}
-    train = clean(image_files(part.get('train', path), side, channels))
-    rest = {n: clean(image_files(p, side, channels, train.vocab)) for n, p in part.items() if n != 'train'}
+    def read(p, vocab=None):
+        ds = image_files(p, side, channels, vocab)
+        ds.name = path.name if p == path else f'{path.name}/{p.name}'
+        return clean(ds)
+    train = read(part.get('train', path))
+    rest = {n: read(p, train.vocab) for n, p in part.items() if n != 'train'}
     held = rest.get('valid') or rest.get('val')
     if held is None: train, held = split(train, valid, seed)
     else:
@@ -309,7 +318,8 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
               most_unreadable=.01, # share of files, or from 1 on their number
               check=True, # decode every file beforehand
               memory=2., # GB of decoded images that may be kept
-              download=False) -> Splits:
+              download=False,
+              columns=()) -> Splits: # names of the CSV's columns of files and of labels; the first two if none
     "Data by name or place, its parts named. Raises ValueError for an unknown name, `Unreadable` for too many bad files"
     if splits not in ('held-out', 'reference'): raise ValueError(f"splits is 'held-out' or 'reference', not {splits!r}")
     if valid is not None and not 0 < valid < 1: raise ValueError(f'valid is a share between 0 and 1, not {valid}')
@@ -321,7 +331,7 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
         size, share = img_size or 224, .2 if valid is None else valid
         if str(data).startswith('hf:'): s = _of_hub(data[3:], clean, size, share, seed, channels)
         elif str(data).endswith('.tar'): s = _of_shards(str(data), size, .1 if valid is None else valid, classes, channels, most_unreadable)
-        elif Path(data).is_dir(): s = _of_folder(data, clean, size, share, seed, channels, labels)
+        elif Path(data).is_dir(): s = _of_folder(data, clean, size, share, seed, channels, labels, columns)
         else: raise _unknown(data)
         s.img_size, s.p = size, p or _sized(size, {224: (32, None, None)})[0]
     s.p, s.flip = p or s.p, s.flip if flip is None else flip
@@ -331,7 +341,8 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
     return s
 
 def _unknown(data):
-    near = difflib.get_close_matches(str(data), DATASETS, 1)
+    if Path(data).is_absolute() or len(Path(data).parts) > 1: return ValueError(f'there is no folder {data}')
+    near = difflib.get_close_matches(str(data), DATASETS, 1, .7)
     hint = f'did you mean {near[0]!r}?' if near else f'known are {", ".join(DATASETS)}'
     return ValueError(f'{data} is neither a folder nor a known data set; {hint}')
 

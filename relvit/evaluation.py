@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json, torch, pandas as pd
 from dataclasses import dataclass
+from fastai.data.transforms import get_image_files
 from pathlib import Path
 from .checkpoint import load, load_encoder, write_whole
 from .data import centre
@@ -14,7 +15,7 @@ from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
 from .tokens import TokenEncoder
-from .training import MODES, load_model, make_learner, open_config_data
+from .training import MODES, load_model, make_learner, open_config_data, usable
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'predict']
@@ -38,7 +39,7 @@ class Evaluation:
         rows += [f'  {k.replace("_", " "):<54}{pc(k, v)}' + (f'   a guess: {pc(k, self.chance[k]).strip()}' if k in self.chance else '')
                  for k, v in self.scores.items() if v is not None]
         rows += [f'  {k:<54}{100*v:5.1f} %' for k, v in self.beside.items()]
-        worst = sorted(self.classes.items(), key=lambda i: i[1])
+        worst = sorted(((k, v) for k, v in self.classes.items() if v < 1), key=lambda i: i[1])
         if len(worst) > 1: rows.append('  hardest classes: ' + ', '.join(f'{k} {100*v:.1f} %' for k, v in worst[:3]))
         return '\n'.join(rows)
 
@@ -80,10 +81,10 @@ def evaluate(run, # `Run` or its folder
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path = getattr(run, weights)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    learn = make_learner(c, open_config_data(c), load_encoder(path))
+    learn = make_learner(c if usable(c.device) else c.but(device=None), open_config_data(c), load_encoder(path))
     load(path, learn)
     dl = learn.dls.test if part == 'test' else learn.dls.valid
-    if dl is None: raise ValueError(f'{run.data["name"]} has no test set; part="valid" is what the run chose on')
+    if dl is None: raise ValueError(f'{run.data["name"]} has no test set; the part that the run chose on is called valid')
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
     scores = {k.removeprefix('valid_'): v for k, v in zip(learn.recorder.metric_names[2:], values) if v is not None}
     beside, classes, model = {}, {}, learn.model
@@ -101,29 +102,28 @@ def evaluate(run, # `Run` or its folder
                 (a, _), (b, _) = (embed(e, ds, 'mean', pos_embed=False) for ds in (train, test))
                 beside |= {f'{name}, 20 nearest neighbours': knn(a, y, b, ty), f'{name}, logistic regression': logistic(a, y, b, ty, C=1e-2)}
     said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
-    e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores, model.chance(), beside, classes)
+    e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores,
+                   {k: v for k, v in model.chance().items() if k in scores}, beside, classes)
     if keep: write_whole(run.path/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
     return e
 
 # %% ../nbs/46_evaluation.ipynb #6be31ded
 @torch.no_grad()
 def predict(run, # `Run` or its folder
-            files, # paths of images, or a folder of them
+            files, # paths of images and of folders of them
             weights='last', bs=64) -> pd.DataFrame: # file, label, probability; an unreadable file says why
-    "Labels for new images. Raises ValueError for a run that learnt no labels"
+    "Labels for new images. Raises ValueError for a run that learnt no labels, FileNotFoundError for a file that is not there"
     run, model = run if isinstance(run, Run) else Run(run), load_model(run, weights)
-    if 'labels' not in model.tasks: raise ValueError(f'{run.path} learnt no labels: finetune it first (init={str(run.path)!r})')
-    if isinstance(files, (str, Path)) and Path(files).is_dir():
-        from fastai.data.transforms import get_image_files
-        files = sorted(get_image_files(files))
-    files, d, rows = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)], run.data, []
+    if 'labels' not in model.tasks: raise ValueError(f'{run.path} learnt no labels: finetune a run that starts with it first')
+    named, d, rows = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)], run.data, []
+    if gone := [str(f) for f in named if not f.exists()]: raise FileNotFoundError(f'not there: {", ".join(gone[:5])}')
+    files, size = [f for n in named for f in (sorted(get_image_files(n)) if n.is_dir() else [n])], d['img_size']
     if not files: raise ValueError('there are no images to label')
-    size = d['img_size']
     for chunk in (files[i:i + bs] for i in range(0, len(files), bs)):
         good, x, why = [], [], {}
         for f in chunk:
             try: x.append(read_image(f, size if d['fit'] == 'resize' else round(size*8/7), d['channels']))
-            except (Unreadable, OSError) as e: why[f] = str(e)
+            except (Unreadable, OSError) as e: why[f] = getattr(e, 'why', str(e))
             else: good.append(f)
         probs = model(centre(torch.stack(x), size))['labels'].softmax(1).max(1) if good else ([], [])
         said = {f: (model.vocab[k], round(float(p), 4), '') for f, p, k in zip(good, *probs)}

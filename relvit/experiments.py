@@ -4,15 +4,15 @@
 
 # %% ../nbs/60_experiments.ipynb #650d4bee
 from __future__ import annotations
-import json, os, statistics, time, torch
+import json, os, statistics, sys, time, torch
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from fastai.callback.core import Callback
 from multiprocessing import get_context
 from pathlib import Path
+from tqdm import tqdm
 from .checkpoint import write_whole
 from .runs import provenance
-from .training import Progress
 
 # %% auto #0
 __all__ = ['Tell', 'fit_arm', 'accuracy_on', 'run_arms', 'mean_sd', 'gain', 'table', 'bars', 'write_record']
@@ -61,8 +61,8 @@ def run_arms(arms:dict, # name -> function (cfg, seed, tell, out) that returns a
                 if said['config'] == json.loads(json.dumps(asdict(cfg))): got[a, s] = said['results']
     jobs = sorted([(a, s) for s in seeds for a in arms if (a, s) not in got], key=lambda j: -cfg.steps_of(j[0]))
     context = get_context('spawn')
-    queue, progress = context.Manager().Queue(), Progress(sum(cfg.steps_of(a) for a in arms)*len(seeds))
-    progress.skip(sum(cfg.steps_of(a) for a, _ in got))
+    queue, done = context.Manager().Queue(), sum(cfg.steps_of(a) for a, _ in got)
+    bar = tqdm(total=sum(cfg.steps_of(a) for a in arms)*len(seeds), initial=done, unit='step', disable=quiet or None) # None: no terminal
     os.environ['OMP_NUM_THREADS'] = '1' # of the children, before they import torch
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _start, (queue,)) as pool:
         running = {pool.submit(_job, arms[a], cfg, s, out if s == seeds[0] else None): (a, s) for a, s in jobs}
@@ -73,11 +73,9 @@ def run_arms(arms:dict, # name -> function (cfg, seed, tell, out) that returns a
                 got[arm, seed] = f.result()
                 text = json.dumps(dict(results=got[arm, seed], config=asdict(cfg)))
                 if keep: write_whole(keep/f'{arm}-{seed}.json', lambda tmp: Path(tmp).write_text(text))
-                if not quiet: progress.add(0, f'{arm}, seed {seed} is done')
-            while not queue.empty():
-                n = queue.get()
-                if not quiet: progress.add(n)
-    if not quiet: progress.close()
+                if not quiet: tqdm.write(f'{arm}, seed {seed} is done', file=sys.stderr)
+            while not queue.empty(): bar.update(queue.get())
+    bar.close()
     keys = [k for a in arms for k in got[a, seeds[0]]]
     return {k: [next(got[a, s][k] for a in arms if k in got[a, s]) for s in seeds] for k in keys}
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_images.ipynb #be8d756a
 from __future__ import annotations
-import os, warnings, numpy as np, torch
+import math, os, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +16,9 @@ __all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'ImageFiles', 'find_u
            'table_files', 'HubImages', 'hub_images', 'split', 'few_labels']
 
 # %% ../nbs/04_images.ipynb #644bba55
-class Unreadable(ValueError): "A file that cannot be read as an image; says which and why"
+class Unreadable(ValueError):
+    "A file that cannot be read as an image; says which, and `.why`"
+    def __init__(self, text, why=''): super().__init__(text); self.why = why or text
 
 def as_rgb(im, # PIL image
            channels=3): # 3 or 1
@@ -38,14 +40,15 @@ def read_image(source, # path, open file or PIL image
                side:int, # pixels of the shorter side, then the middle square
                channels=3) -> Tensor: # (c,side,side) uint8
     "An image upright, scaled and squared. Raises `Unreadable` for what is no image"
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as im:
             im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
             im = ImageOps.fit(as_rgb(im, channels), (side, side), method=Image.Resampling.BICUBIC)
     except FileNotFoundError: raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        raise Unreadable(f'{source} cannot be read as an image: {e}') from e
+        why = 'this is no image, or of a kind that PIL does not know' if isinstance(e, UnidentifiedImageError) else str(e)
+        raise Unreadable(f'{source} cannot be read as an image: {why}', why) from e
     return torch.from_numpy(np.array(im)).reshape(side, side, channels).permute(2, 0, 1)
 
 # %% ../nbs/04_images.ipynb #4fe2d85f
@@ -112,21 +115,24 @@ def find_unreadable(ds:ImageFiles) -> dict: # {index: reason}
     "Decode every file once"
     def why(i):
         try: ds.read(i)
-        except (Unreadable, OSError) as e: return str(e)
+        except (Unreadable, OSError) as e: return getattr(e, 'why', str(e))
     return {i: w for i, w in enumerate(_threads(why, len(ds), f'checking {ds.name}')) if w}
 
 def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a number from 1 on counts them
                   ) -> ImageFiles:
     "Without the unreadable files, which `.skipped` lists. Raises `Unreadable` where there are more than `most`"
-    bad = find_unreadable(ds)
-    limit = most if most >= 1 else most*len(ds)
+    bad = {str(ds.source(i)): (i, why) for i, why in find_unreadable(ds).items()}
+    limit = int(most) if most >= 1 else math.ceil(most*len(ds))
     if not bad: return ds
-    some = '\n  '.join(list(bad.values())[:5]) + ('\n  ...' if len(bad) > 5 else '')
-    if len(bad) > limit or len(bad) == len(ds):
-        raise Unreadable(f'{len(bad)} of {len(ds)} files of {ds.name} are unreadable, at most {limit:g} may be:\n  {some}')
-    warnings.warn(f'{len(bad)} of {len(ds)} files of {ds.name} are unreadable and left out:\n  {some}')
-    good = ds.subset(torch.tensor([i for i in range(len(ds)) if i not in bad]))
-    good.skipped |= {str(ds.source(i)): w for i, w in bad.items()}
+    said = f'{len(bad)} of {len(ds)} files of {ds.name} {"is" if len(bad) == 1 else "are"} unreadable'
+    some = '\n  '.join(f'{f}: {why}' for f, (_, why) in list(bad.items())[:5]) + ('\n  ...' if len(bad) > 5 else '')
+    if len(bad) == len(ds): raise Unreadable(f'none of the {len(ds)} files of {ds.name} can be read:\n  {some}')
+    if len(bad) > limit:
+        raise Unreadable(f'{said}, and most_unreadable = {most:g} lets {limit} be left out; mend them, or raise it:\n  {some}')
+    warnings.warn(f'{said} and left out:\n  {some}')
+    at = {i for i, _ in bad.values()}
+    good = ds.subset(torch.tensor([i for i in range(len(ds)) if i not in at]))
+    good.skipped |= {f: why for f, (_, why) in bad.items()}
     return good
 
 # %% ../nbs/04_images.ipynb #0d3c6047
@@ -152,17 +158,33 @@ def table_files(table, # CSV file
                 side:int, root=None, # folder that its paths start from; its own if None
                 file:str=None, label:str=None, # names of the columns; the first and the second if None
                 channels=3, vocab=None) -> ImageFiles:
-    "Images and labels of a CSV. Raises ValueError for a missing column or file"
-    import pandas as pd
-    df, root = pd.read_csv(table, dtype=str), Path(root or Path(table).parent)
+    "Images and labels of a CSV with a line of headings. Raises ValueError for what is missing, empty or there twice"
+    df, root = _table(table), Path(root or Path(table).parent)
     file, label = file or df.columns[0], label or (df.columns[1] if len(df.columns) > 1 else None)
     for c in (file, label):
         if c is not None and c not in df: raise ValueError(f'{table} has no column {c!r}; there are {", ".join(df.columns)}')
+    if (root/file).is_file(): raise ValueError(f'{table} must begin with a line of headings, like file,label; it begins with {file}')
+    if df[file].isna().any(): raise ValueError(f'line {int(df[file].isna().argmax()) + 2} of {table} has no {file}')
     paths = [root/f for f in df[file]]
     gone = [p for p in paths if not p.is_file()]
-    if gone or not paths: raise ValueError(f'{len(gone)} of {len(paths)} files of {table} are not there, e.g. {gone[:1]}')
-    names = [None if pd.isna(v) else v for v in df[label]] if label else [None]*len(paths)
+    if gone: raise ValueError(f'{len(gone)} of {len(paths)} files in column {file!r} of {table} are not there, such as {gone[0]}')
+    twice = df[df[file].duplicated(keep=False)]
+    if len(twice):
+        said = twice[twice[file] == twice[file].iloc[0]][:2]
+        labels = f', as {" and as ".join(dict.fromkeys(map(str, said[label])))}' if label else ''
+        raise ValueError(f'{twice[file].nunique()} files are in {table} more than once: {file} {said[file].iloc[0]} in lines '
+                         f'{" and ".join(str(i + 2) for i in said.index)}{labels}')
+    names = [None if missing else v for v, missing in zip(df[label], df[label].isna())] if label else [None]*len(paths)
     return _named(paths, names, side, Path(table).stem, channels, vocab)
+
+def _table(path):
+    "A CSV as text. Raises ValueError for one without lines"
+    import pandas as pd
+    try: df = pd.read_csv(path, dtype=str, skipinitialspace=True)
+    except FileNotFoundError: raise FileNotFoundError(f'there is no table of labels {path}') from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{path} is no CSV: {e}') from e
+    if not len(df): raise ValueError(f'{path} has no line below its headings')
+    return df
 
 # %% ../nbs/04_images.ipynb #2bcfe135
 class HubImages(ImageFiles):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/36_runs.ipynb #9adc6b0b
 from __future__ import annotations
-import json, math, os, platform, random, signal, subprocess, sys, threading, time, numpy as np, pandas as pd, torch
+import json, math, os, platform, random, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastcore.basics import patch, noop
@@ -49,14 +49,29 @@ class Run:
                data:dict=None): # of `Splits.report`
         "A new folder. Raises FileExistsError where a run lies already"
         path = Path(path)
-        if (path/'config.json').exists(): raise FileExistsError(f'{path} holds a run already: resume it, or choose another name')
+        cls.free(path)
         path.mkdir(parents=True, exist_ok=True)
         _write_json(path/'environment.json', dict(provenance(), command=sys.argv))
         if data: _write_json(path/'data.json', data)
         _write_json(path/'config.json', config)
         return cls(path)
 
-    def _json(self, name): return json.loads(f.read_text()) if (f := self.path/name).is_file() else {}
+    @staticmethod
+    def free(path):
+        "Raises FileExistsError where a run cannot be created"
+        if (Path(path)/'config.json').exists(): raise FileExistsError(f'{path} holds a run already: resume it, or choose another name')
+        if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+            raise FileExistsError(f'{path} is no empty folder: a run needs one of its own')
+
+    def discard(self):
+        "Take away what `create` wrote, of a run that was never begun"
+        if self.last.exists(): raise ValueError(f'{self.path} was begun; delete it yourself')
+        for f in ('config.json', 'data.json', 'environment.json', 'log.txt'): (self.path/f).unlink(missing_ok=True)
+        self.path.rmdir()
+
+    def _json(self, name):
+        try: return json.loads(f.read_text()) if (f := self.path/name).is_file() else {}
+        except ValueError as e: raise ValueError(f'{f} is not JSON: {e}') from e
     @property
     def config(self): return self._json('config.json')
     @property
@@ -89,7 +104,8 @@ class Run:
 
     def __repr__(self):
         m = self.metrics[-1] if self.metrics else {}
-        valid = ', '.join(f'{k} {v:.4g}' for k, v in m.get('valid', {}).items() if v is not None and (k in m['chance'] or k == 'labels_acc'))
+        valid = ', '.join(f'{k} {v:.4g} (chance {m["chance"][k]:.4g})' for k, v in m.get('valid', {}).items()
+                          if v is not None and k in m['chance'])
         return f'Run {self.path}: {self.status}' + (f'; {valid}' if valid else '')
 
 # %% ../nbs/36_runs.ipynb #e3b1e9b5
@@ -304,7 +320,7 @@ def plot_run(*runs):
     rows = {r.path.name: r.metrics for r in runs if r.metrics}
     if not rows: return None
     last = [m[-1] for m in rows.values()]
-    keys = ['loss'] + list(dict.fromkeys(k for m in last for k in m['valid'] if k in m['chance'] or k == 'labels_acc'))
+    keys = ['loss'] + list(dict.fromkeys(k for m in last for k in m['valid'] if k in m['chance']))
     fig, axs = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.6), squeeze=False)
     for ax, k in zip(axs[0], keys):
         for name, ms in rows.items():
@@ -319,18 +335,24 @@ def plot_run(*runs):
 
 # %% ../nbs/36_runs.ipynb #41823409
 def list_runs(folder='runs') -> list[Run]:
-    "The runs below a folder, oldest first"
-    return [Run(f.parent) for f in sorted(Path(folder).rglob('config.json'), key=lambda f: f.stat().st_mtime)]
+    "The runs below a folder, oldest first; warns of those whose configuration cannot be read"
+    found = []
+    for f in sorted(Path(folder).rglob('config.json'), key=lambda f: f.stat().st_mtime):
+        try: Run(f.parent).config
+        except ValueError as e: warnings.warn(f'left out: {e}')
+        else: found.append(Run(f.parent))
+    return found
 
 def compare(runs, # of `list_runs`
             ) -> pd.DataFrame:
     "What differs in the configurations, and where each run came out on the held-out part"
-    configs = {r.path.name: r.config for r in runs}
+    short = len({r.path.name for r in runs}) == len(runs)
+    configs = {r.path.name if short else str(r.path): r.config for r in runs}
     keys = dict.fromkeys(k for c in configs.values() for k in c if k != 'name')
     differ = [k for k in keys if len({json.dumps(c.get(k)) for c in configs.values()}) > 1]
     rows = {}
-    for r in runs:
+    for r, (name, c) in zip(runs, configs.items()):
         m = r.metrics[-1] if r.metrics else dict(valid={}, chance={})
-        rows[r.path.name] = {k: configs[r.path.name].get(k) for k in differ} | dict(status=r.status) | {
-            k: round(v, 4) for k, v in m['valid'].items() if v is not None and (k in m['chance'] or k in ('loss', 'labels_acc'))}
+        rows[name] = {k: c.get(k) for k in differ} | dict(status=r.status) | {
+            k: round(v, 4) for k, v in m['valid'].items() if v is not None and (k in m['chance'] or k == 'loss')}
     return pd.DataFrame.from_dict(rows, orient='index')

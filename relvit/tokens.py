@@ -65,11 +65,15 @@ def _create(name, img_size, p, cls, kwargs):
         if p is not None: kwargs['patch_size'] = p
         if not cls: kwargs |= dict(class_token=False, global_pool='', fc_norm=False)
     elif name.startswith('swin_'): kwargs = dict(strict_img_size=False, **kwargs)
-    try: return timm.create_model(name, **kwargs)
-    except TypeError as e: # a convolutional network takes any image and no size
-        if "'img_size'" not in str(e): raise
-        kwargs.pop('img_size')
-        return timm.create_model(name, **kwargs)
+    try:
+        try: return timm.create_model(name, **kwargs)
+        except TypeError as e: # a convolutional network takes any image and no size
+            if "'img_size'" not in str(e): raise
+            kwargs.pop('img_size')
+            return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as e:
+        said = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if k not in ('num_classes', 'dynamic_img_size'))
+        raise ValueError(f'timm cannot build {name} with {said}: {str(e).removeprefix("VisionTransformer.__init__() ")}') from e
 
 # %% ../nbs/10_tokens.ipynb #90dfae71
 @patch

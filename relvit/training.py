@@ -4,17 +4,19 @@
 
 # %% ../nbs/39_training.ipynb #574df30d
 from __future__ import annotations
-import difflib, json, sys, time, typing, torch, yaml
+import difflib, json, os, sys, time, typing, torch, yaml
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
 from pathlib import Path
+from tqdm import tqdm
 from typeguard import TypeCheckError, check_type
+from typing import Literal
 from .augment import parse_augment
 from .callbacks import MegaPatches
-from .checkpoint import load, load_encoder, read_meta, write_whole
+from .checkpoint import encoder_config, load, load_encoder, write_whole
 from .data import make_dls
-from .datasets import open_data
+from .datasets import DATASETS, open_data
 from .images import ImageFiles
 from .learner import finetune_learner, joint_learner, pretrain_learner
 from .patches import mega_patches
@@ -23,17 +25,51 @@ from .recipes import get_recipe
 from .relations import spatial_relations
 from .runs import RecordRun, Run
 from .shards import Shards
-from .tasks import Classification, RelViT
+from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'MODES', 'Config', 'Pretrain', 'Finetune', 'Joint', 'parse_tasks', 'parse_args', 'open_config_data',
-           'config_recipe', 'make_learner', 'Plan', 'as_time', 'plan', 'Progress', 'Console', 'train', 'show_learnt',
-           'load_model']
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'Config', 'Pretrain', 'Finetune', 'Joint', 'usable',
+           'settle', 'open_config_data', 'config_recipe', 'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console',
+           'train', 'show_learnt', 'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
-DATA = ('data', 'root', 'labels', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
+DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
+
+LIMITS = ( # what must hold, and for what
+    ('above 0', lambda v: v > 0, 'epochs bs steps img_size p lr mega few'),
+    ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every'),
+    ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
+    ('a share above 0 and below 1', lambda v: 0 < v < 1, 'valid'),
+    ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'scale'))
+
+def _in_words(hint):
+    "A type as a person would say it"
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is Literal: return ' or '.join(map(repr, args))
+    if typing.get_origin(hint) is tuple: return 'a list of texts'
+    return ' or '.join(map(_in_words, args)) or {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[hint]
+
+def parse_args(pairs # like depth=4
+              ) -> dict:
+    "Arguments from text, each value read as YAML. Raises ValueError for what is no key=value"
+    bad = [a for a in pairs if '=' not in a]
+    if bad: raise ValueError(f'encoder_args are written like depth=4, not {bad[0]!r}')
+    return {k: yaml.safe_load(v) for k, _, v in (a.partition('=') for a in pairs)}
+
+def parse_tasks(tasks # names, or name=weight
+               ) -> dict: # name -> weight
+    "What `make_tasks` takes. Raises ValueError for a weight that is none"
+    out = {}
+    for t in tasks:
+        name, _, w = t.partition('=')
+        try: out[name] = float(w or 1)
+        except ValueError: raise ValueError(f'the weight of task {name!r} must be a number, not {w!r}') from None
+        if not 0 < out[name] < float('inf'): raise ValueError(f'the weight of task {name!r} must be above 0, not {w}')
+    if not out: raise ValueError(f'tasks must name at least one of {", ".join(TASKS)}')
+    if len(out) < len(tasks): raise ValueError(f'tasks names one of {", ".join(out)} more than once')
+    return out
 
 @dataclass(frozen=True)
 class Config:
@@ -41,24 +77,25 @@ class Config:
     data:str = 'digits' # name of a known data set, a folder of images, a pattern of .tar shards, or hf: and a Hugging Face data set
     root:str|None = None # folder that holds a known data set
     labels:str|None = None # CSV with a column of files and one of labels, for a folder
+    columns:tuple[str, ...] = () # their two names; the first and the second column
     img_size:int|None = None # pixels of a side; the data set's own, or 224
     p:int|None = None # pixels of a side of a patch; the data set's own
     valid:float|None = None # share of the training images that is held out to choose on
-    splits:str = 'held-out' # or reference: choose on what is reported on, as the released code does
+    splits:Literal['held-out', 'reference'] = 'held-out' # reference: choose on what is reported on, as the released code does
     split_seed:int = 0 # of what is held out
     flip:bool|None = None # may training images be mirrored? the data set's own answer if None
     scale:float = .08 # smallest share of an image's area that a training crop covers
-    channels:int = 3 # of a folder's images, 3 or 1
+    channels:Literal[3, 1] = 3 # of a folder's images
     classes:str|None = None # file that lists the classes, of ImageNet-100 or of shards
-    most_unreadable:float = .01 # share of files that may be bad, or from 1 on their number
-    check:bool = True # decode every file before training
+    most_unreadable:float = .01 # share of files that may be left out because they are bad, or from 1 on their number
+    check:bool = True # decode every file before training; without, the first bad one ends the run
     memory:float = 2. # GB of decoded images that may be kept
     download:bool = False # fetch a known data set that is not there
-    encoder:str = 'vit_small_patch16_224' # name of a timm model
+    encoder:str|None = None # name of a timm model; the one in init, or vit_small_patch16_224
     encoder_args:tuple[str, ...] = () # more for it, like depth=4 embed_dim=128 num_heads=4
     pos_std:float = .02 # initial spread of the positional embedding
     init:str|None = None # run folder or .safetensors file whose encoder it starts with
-    epochs:int = 100 # passes over the training images
+    epochs:int = 100 # passes over the training images; what does not fill a batch is left for the next
     steps:int|None = None # batches of an epoch, instead of one pass
     bs:int = 64 # images of a batch
     recipe:str = 'default' # default or reference
@@ -76,41 +113,61 @@ class Config:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            try: check_type(getattr(self, f.name), hints[f.name])
-            except TypeCheckError as e: raise ValueError(f'{f.name}: {getattr(self, f.name)!r} {str(e).split(" ", 1)[1]}') from None
-        for k in ('epochs', 'bs', 'steps', 'img_size', 'p', 'lr'):
-            if (v := getattr(self, k)) is not None and not v > 0: raise ValueError(f'{k} must be above 0, not {v}')
-        if self.workers < 0: raise ValueError(f'workers must be 0 or more, not {self.workers}')
-        if not 0 < self.scale <= 1: raise ValueError(f'scale is a share above 0 and up to 1, not {self.scale}')
+            try: check_type(v := getattr(self, f.name), hints[f.name])
+            except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
+        for what, holds, names in LIMITS:
+            for k in names.split():
+                if (v := getattr(self, k, None)) is not None and not holds(v): raise ValueError(f'{k} must be {what}, not {v}')
+        if self.name is not None and Path(self.name).name != self.name:
+            raise ValueError(f'name must be a plain name, not {self.name!r}; the folder it lies in is out')
+        if len(self.columns) not in (0, 2): raise ValueError(f'columns names two, of files and of labels, not {len(self.columns)}')
+        parse_args(self.encoder_args)
 
     @classmethod
     def from_dict(cls, values:dict): # plain data, of JSON or YAML
         hints, new = typing.get_type_hints(cls), {}
         for k, v in values.items():
-            if k == 'mode': continue
-            key = k.replace('-', '_')
+            mode, key = cls.__name__.lower(), str(k).replace('-', '_')
+            if k == 'mode':
+                if v != mode: raise ValueError(f'this is what a {v} run is made of, not a {mode} run')
+                continue
             if key not in hints:
-                near = difflib.get_close_matches(key, hints, 1)
-                raise ValueError(f'{cls.__name__} knows no {k!r}' + (f'; did you mean {near[0]!r}?' if near else
-                                                                     f'; it knows {", ".join(hints)}'))
-            if isinstance(v, list): v = tuple(v)
-            if isinstance(v, str) and float in (hints[key], *typing.get_args(hints[key])): v = float(v) # YAML reads 1e-3 as text
+                near, other = difflib.get_close_matches(key, hints, 1), [n for n, kind in MODES.items() if hasattr(kind, key)]
+                raise ValueError(f'{cls.__name__} knows no {k!r}; ' + (f'it is of {" and ".join(other)}' if other else
+                    f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(hints)}'))
+            if isinstance(v, dict): v = [f'{a}={b}' for a, b in v.items()] # as YAML would write depth: 4
+            if typing.get_origin(hints[key]) is tuple and isinstance(v, str): v = v.split()
+            if isinstance(v, list): v = tuple(map(str, v))
+            if isinstance(v, str) and float in (hints[key], *typing.get_args(hints[key])): # YAML reads 1e-3 as text
+                try: v = float(v)
+                except ValueError: pass # which is said with the rest
             new[key] = v
         return cls(**new)
 
     @classmethod
-    def read(cls, path):
-        "From a YAML file"
-        try: values = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from e
+    def read(cls, path, **changes):
+        "From a YAML file; it may name the run to start from (init), whose data is then taken where the file says nothing"
+        path = Path(path)
+        if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
+        try: values = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not YAML: {e}') from e
         if not isinstance(values, dict): raise ValueError(f'{path} must hold lines of "key: value"')
-        return cls.from_dict(values)
+        try: return cls.of(values | changes)
+        except ValueError as e: raise ValueError(f'{path}: {e}') from e
+
+    @classmethod
+    def of(cls, values:dict):
+        "From plain data, and where that names a run as `init`, with the data of that run"
+        init = values.get('init')
+        is_run = init and (Path(init)/'config.json').is_file()
+        return cls.after(**{'run': init} | {str(k).replace('-', '_'): v for k, v in values.items()}) if is_run else cls.from_dict(values)
 
     @classmethod
     def after(cls, run, **changes): # run folder
         "Starts with the encoder of a run, on the data of that run"
         c = Run(run).config
-        return cls.from_dict({k: c[k] for k in DATA} | dict(init=str(run)) | changes)
+        if not usable(c['device']): c['device'] = None
+        return cls.from_dict({k: c[k] for k in DATA if k in c} | dict(init=str(run)) | changes)
 
     def asdict(self): return dict(mode=self.mode, **asdict(self))
     @property
@@ -127,11 +184,16 @@ class Pretrain(Config):
     permute:bool|None = None # shuffle patches; if None, where the encoder cannot help knowing places
     pos_embed:bool = False # let the tasks see the positional embedding (leaks, unless permute)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if 'labels' in parse_tasks(self.tasks) and not isinstance(self, Joint):
+            raise ValueError('pretraining looks at no label; joint learns labels and relations at once')
+
 @dataclass(frozen=True)
 class Finetune(Config):
     "Train an encoder on labels, from init or from scratch"
     few:int|None = None # labelled images of each class to train on; all if None
-    pool:str|None = None # where the classifier looks: cls, mean or flat
+    pool:Literal['cls', 'mean', 'flat']|None = None # where the classifier looks; class token where there is one, else all (flat)
     smoothing:float = 0. # label smoothing
     freeze:bool = False # train the classifier alone
     image_augment:str = 'none' # colour and crop of the whole image, written as for patches: colJitter:0.8-grayScale:0.2
@@ -141,34 +203,46 @@ class Joint(Pretrain):
     "Train an encoder on labels and relations at once"
     tasks:tuple[str, ...] = ('labels', 'relations', 'positions') # what to learn, each with a weight if wanted
     permute:bool|None = True # shuffle the patches that the relation tasks see
-    leak:str|None = None # paper: relations see what the classifier sees, position included
+    leak:Literal['paper']|None = None # paper: relations see what the classifier sees, position included
     few:int|None = None # labelled images of each class to train on; all if None
-    pool:str|None = None # where the classifier looks: cls, mean or flat
+    pool:Literal['cls', 'mean', 'flat']|None = None # where the classifier looks; class token where there is one, else all (flat)
 
 MODES = {c.__name__.lower(): c for c in (Pretrain, Finetune, Joint)}
 
 # %% ../nbs/39_training.ipynb #790f7054
-def parse_tasks(tasks # names, or name=weight
-               ) -> dict: # name -> weight
-    "What `make_tasks` takes. Raises ValueError for a weight that is no number"
-    out = {}
-    for t in tasks:
-        name, _, w = t.partition('=')
-        try: out[name] = float(w or 1)
-        except ValueError: raise ValueError(f'the weight of task {name!r} is a number, not {w!r}') from None
-    return out
+ENCODER = 'vit_small_patch16_224'
 
-def parse_args(pairs # like depth=4
-              ) -> dict:
-    "Arguments from text, each value read as YAML. Raises ValueError for what is no key=value"
-    bad = [a for a in pairs if '=' not in a]
-    if bad: raise ValueError(f'encoder_args are written like depth=4, not {bad[0]!r}')
-    return {k: yaml.safe_load(v) for k, _, v in (a.partition('=') for a in pairs)}
+def usable(device:str) -> bool: # name, or None
+    "Is this device here?"
+    try: return torch.empty(0, device=device or 'cpu') is not None
+    except (RuntimeError, AssertionError): return False
+
+def _weights(init):
+    "The file that a run starts from. Raises FileNotFoundError where there is none"
+    path = Run(init).last if Path(init).is_dir() else Path(init)
+    if not path.is_file(): raise FileNotFoundError(f'there is no {path} to start from')
+    return path
+
+def settle(c:Config) -> Config:
+    "With places that hold from any folder and the encoder of `init`. Raises ValueError where another was asked for"
+    def place(k, v):
+        head, tail = ('hf:', v[3:]) if v.startswith('hf:') else ('', v)
+        if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
+        return head + os.path.abspath(Path(tail).expanduser())
+    c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k))})
+    held = encoder_config(_weights(c.init)) if c.init else {}
+    if not held: return c.but(encoder=c.encoder or ENCODER)
+    if c.encoder not in (None, held['name']): raise ValueError(f'init holds a {held["name"]}, not a {c.encoder}; leave encoder out')
+    ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate'
+    for k, v in parse_args(c.encoder_args).items():
+        if k not in ours and held.get(k, v) != v: raise ValueError(f'init holds an encoder of {k}={held[k]}, not {v}; leave it out')
+    if c.p and held.get('p') and c.p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {c.p}')
+    return c.but(encoder=held['name'], encoder_args=tuple(f'{k}={json.dumps(v)}' for k, v in held.items() if k not in ours))
 
 def open_config_data(c:Config):
     "The `Splits` of a configuration"
     return open_data(c.data, c.root, c.img_size, c.p, c.valid, c.split_seed, c.splits, c.labels, c.classes, c.flip, c.channels,
-                     c.most_unreadable, c.check, c.memory, c.download)
+                     c.most_unreadable, c.check, c.memory, c.download, c.columns)
 
 def config_recipe(c:Config):
     "The recipe of a configuration; the last learning rate keeps its ratio to the highest"
@@ -179,13 +253,13 @@ def config_recipe(c:Config):
 
 def _start(c, splits, dls, recipe):
     "The encoder that a run starts with"
-    if c.init:
-        path = Path(c.init)
-        path = Run(path).last if path.is_dir() else path
-        if not path.is_file(): raise FileNotFoundError(f'there is no {path} to start from')
-        if read_meta(path).get('encoder', {}).get('name'): return load_encoder(path)
-    args = parse_args(c.encoder_args)
-    if recipe.drop_path: args.setdefault('drop_path_rate', recipe.drop_path)
+    more = dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
+    if c.init and encoder_config(path := _weights(c.init)):
+        encoder = load_encoder(path, img_size=splits.img_size, **more)
+        if encoder.in_chans != dls.channels:
+            raise ValueError(f'init holds an encoder of {encoder.in_chans} channels, these images have {dls.channels}')
+        return encoder
+    args = more | parse_args(c.encoder_args)
     p = {} if c.p is None and 'patch' not in c.encoder and not c.encoder.startswith('vit') else dict(p=splits.p)
     encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=c.pos_std, mean=dls.mean, std=dls.std,
                            **({'in_chans': dls.channels} if dls.channels != 3 else {}), **p, **args)
@@ -197,6 +271,9 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
                  encoder=None # built here, or loaded from `c.init`, if None
                 ):
     "The Learner of a configuration; its data is `learn.dls`, with `.splits`"
+    if encoder is None: c = settle(c)
+    if not usable(c.device):
+        raise ValueError(f'there is no device {c.device!r} here, but cpu' + (' and cuda' if torch.cuda.is_available() else ''))
     splits, recipe, patches = splits or open_config_data(c), config_recipe(c), getattr(c, 'augment', 'none')
     labels = not isinstance(c, Pretrain) # a joint run takes unlabelled images too
     extra = [a] if (a := parse_augment(getattr(c, 'image_augment', 'none'), splits.img_size)) else []
@@ -213,6 +290,9 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
                               permute=c.permute, **common)
     else: learn = pretrain_learner(dls, encoder, parse_tasks(c.tasks), mega=c.mega, augment=augment, permute=c.permute,
                                    pos_embed=c.pos_embed, **common)
+    if isinstance(c, Pretrain) and learn.model.grid == (1, 1):
+        raise ValueError(f'{splits.img_size} pixels are one patch of {encoder.p}, and one patch has no relations: choose a smaller p')
+    splits.p = encoder.p if isinstance(encoder.p, int) else splits.p
     return learn
 
 # %% ../nbs/39_training.ipynb #b98dc5fa
@@ -241,9 +321,13 @@ class Plan:
         return '\n'.join([
             f'{c.mode} {c.encoder}: {h} x {w} = {h*w} tokens, {self.params/1e6:.2f} M parameters, {self.heads/1e6:.2f} M in heads',
             repr(self.splits), repr(self.model),
-            f'  {c.epochs} epochs of {self.steps} steps of {c.bs} images, {config_recipe(c).name} recipe, seed {c.seed}',
+            f'  {count(c.epochs, "epoch")} of {count(self.steps, "step")} of {count(c.bs, "image")}, {config_recipe(c).name} recipe, seed {c.seed}',
             f'  {self.step_seconds*1000:.0f} ms a step on {next(self.model.parameters()).device}: about {as_time(self.seconds)} '
             f'without validation; {self.memory/2**30:.2f} GiB'])
+
+def count(n:int, of:str) -> str:
+    "1 epoch, 2 epochs"
+    return f'{n:,} {of}' + ('' if n == 1 else 's')
 
 def as_time(seconds:float) -> str:
     "Seconds as a person says them"
@@ -253,6 +337,8 @@ def as_time(seconds:float) -> str:
 
 def plan(c:Config) -> Plan:
     "What `train` would do, from two real steps; nothing is written"
+    c = settle(c)
+    Run.free(_folder(c))
     learn = make_learner(c)
     model, kept, times = learn.model, [0], []
     def keep(t):
@@ -265,53 +351,35 @@ def plan(c:Config) -> Plan:
             if len(times) == 3: raise CancelFitException
     with learn.no_bar(), learn.no_logging(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         learn.fit_recipe(3, cbs=Time())
-    count = lambda m: sum(w.numel() for w in m.parameters())
+    size = lambda m: sum(w.numel() for w in m.parameters())
     train = [w.numel()*w.element_size() for w in model.parameters() if w.requires_grad]
     weights = sum(w.numel()*w.element_size() for w in model.parameters())
     seconds = times[-1] - times[-2] if len(times) > 1 else float('nan')
-    return Plan(c, learn.dls.splits, model.grid, count(model.encoder), count(model.tasks), len(learn.dls.train), seconds,
+    return Plan(c, learn.dls.splits, model.grid, size(model.encoder), size(model.tasks), len(learn.dls.train), seconds,
                 weights + 3*sum(train) + kept[0]//2, model)
 
 # %% ../nbs/39_training.ipynb #6b78a473
-class Progress:
-    "Steps done, share and time left: one line that renews itself in a terminal, a line now and then elsewhere"
-    def __init__(self, total, file=None, quiet=False): # quiet: nothing where there is no terminal
-        self.total, self.done, self.began, self.file, self.said = total, 0, time.time(), file or sys.stderr, 0.
-        self.live, self.skipped = self.file.isatty(), 0
-        self.quiet = quiet and not self.live
-
-    def add(self, n, note=''):
-        self.done += n
-        now, share = time.time(), self.done/max(self.total, 1)
-        if self.quiet or not (note or self.done == self.total or now - self.said > (.2 if self.live else 15)): return
-        self.said = now
-        left = (now - self.began)*(self.total - self.done)/max(self.done - self.skipped, 1)
-        line = f'{share:4.0%} {self.done:6,} of {self.total:,} steps, {as_time(left)} left  {note}'
-        print(f'\r{line:78.78s}' if self.live else line, end='' if self.live else '\n', file=self.file, flush=True)
-
-    def skip(self, n): self.done, self.skipped = self.done + n, self.skipped + n # done by an earlier process
-    def clear(self):
-        if self.live: print(f'\r{"":78s}\r', end='', file=self.file, flush=True)
-    def close(self):
-        if self.live: print(file=self.file)
-
 class Console(Callback):
     "Tells a terminal, or a program that reads along, how a run goes. Reads `learn.train_iter`, `.record_run`"
     order, run_valid = 110, False
-    def before_fit(self): self.progress = None
+    def before_fit(self):
+        n, dl, said = self.learn.n_epoch, self.learn.dls.train, self.learn.record_run.record
+        print(f'{said.path}: {count(n, "epoch")} of {count(len(dl), "step")} on {self.learn.dls.device}', file=sys.stderr, flush=True)
+        self.bar = None
     def before_batch(self):
-        if self.progress: return
-        self.progress = Progress(self.learn.n_epoch*len(self.learn.dls.train), quiet=True)
-        self.progress.skip(self.learn.train_iter)
-    def after_batch(self): self.progress.add(1)
+        if self.bar is None: # not before it is known what an earlier process has done
+            self.bar = tqdm(total=self.learn.n_epoch*len(self.learn.dls.train), initial=self.learn.train_iter, unit='step',
+                            disable=None, leave=False, dynamic_ncols=True)
+    def after_batch(self): self.bar.update()
+    def after_fit(self): self.bar and self.bar.close()
     def after_epoch(self):
-        if not self.progress or not (m := self.learn.record_run.record.metrics): return
-        self.progress.clear()
-        print(self.row(m[-1]) if sys.stdout.isatty() else json.dumps(m[-1]), flush=True)
+        if self.bar is None or not (m := self.learn.record_run.record.metrics): return
+        tqdm.write(self.row(m[-1]) if sys.stdout.isatty() else json.dumps(m[-1]), file=sys.stdout)
+        sys.stdout.flush()
 
     def row(self, m):
-        said = [f'{k.replace("_", " ")} {v:.3f}' + (f' (chance {m["chance"][k]:.3f})' if k in m['chance'] else '')
-                for k, v in m['valid'].items() if v is not None and (k in m['chance'] or k == 'labels_acc')]
+        said = [f'{k.replace("_", " ")} {v:.3f} (chance {m["chance"][k]:.3f})'
+                for k, v in m['valid'].items() if v is not None and k in m['chance']]
         return f"epoch {m['epoch'] + 1:3d} of {self.learn.n_epoch}, {m['seconds']:.0f} s: loss {m['train']['loss']:.3f}, " \
                f"held out {m['valid'].get('loss') or float('nan'):.3f}; {', '.join(said)}"
 
@@ -332,15 +400,16 @@ def train(c:Config=None, # what to do
         run = Run(resume)
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
         c = MODES[run.config['mode']].from_dict(run.config)
-    learn = make_learner(c)
-    if c.init: c = c.but(encoder=learn.model.encoder.config.get('name') or c.encoder) # it was not built, but loaded
-    report = json.loads(json.dumps(learn.dls.splits.report()))
-    if not resume: run = Run.create(_folder(c), c.asdict(), report)
-    elif changed := [k for k in report if report[k] != run.data.get(k)]:
-        raise ValueError(f'the data is not what the run began with: {changed[0]} was {run.data.get(changed[0])}, is {report[changed[0]]}')
-    fresh = resume and not run.last.exists() # killed before its first state
-    recorder = RecordRun(run, resume=bool(resume) and not fresh, every=c.every, seed=c.seed)
+        learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None)
+        _same_data(run, learn.dls.splits)
+    else:
+        c = settle(c)
+        Run.free(_folder(c))
+        learn = make_learner(c)
+        run = Run.create(_folder(c), c.asdict(), json.loads(json.dumps(learn.dls.splits.report())))
+    recorder = RecordRun(run, resume=run.last.exists(), every=c.every, seed=c.seed) # else killed before its first state
     with ExitStack() as stack:
+        if not resume: stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
         if tell != 'notebook':
             for silence in (learn.no_bar(), learn.no_logging()): stack.enter_context(silence)
         learn.fit_recipe(c.epochs, cbs=[recorder, *([Console()] if tell == 'console' else []), *(cbs or [])])
@@ -349,6 +418,14 @@ def train(c:Config=None, # what to do
         plt.close()
     run.stopped = recorder.stop
     return run
+
+def _same_data(run, splits):
+    "Raises ValueError where the data is not what a run began with"
+    def changed(then, now, what=''):
+        if not (isinstance(then, dict) and isinstance(now, dict)): return '' if then == now else f'{what[2:]} was {then}, is {now}'
+        return next((c for k in then | now if (c := changed(then.get(k), now.get(k), f'{what}, {k}'))), '')
+    if said := changed(run.data, json.loads(json.dumps(splits.report()))):
+        raise ValueError(f'the data is not what {run.path} began with: {said}')
 
 def show_learnt(learn, i=0 # which validation image
                ):
@@ -381,5 +458,5 @@ def load_model(run, # `Run` or its folder
     if 'labels' in model.tasks and isinstance(c, Joint) and c.pool and c.pool != model.tasks['labels'].head.pool:
         model.tasks['labels'] = Classification(len(vocab), c.pool).setup(encoder, model.grid)
     load(path, model)
-    model.vocab = vocab
+    model.vocab, model.fit = vocab, run.data['fit'] # so that an export says it
     return model.eval()

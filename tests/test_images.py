@@ -76,7 +76,7 @@ def test_bad_files(tmp_path, monkeypatch):
 def test_bad_files_are_left_out_up_to_a_limit(tmp_path):
     for i in range(20): picture().rotate(i).save(tmp_path/f'{i}.png')
     for i in range(2): (tmp_path/f'bad{i}.png').write_bytes(b'')
-    for most in (.05, 1):
+    for most in (.04, 1):
         with pytest.raises(Unreadable, match='2 of 22 files'): only_readable(image_files(tmp_path, 16), most)
     for most in (.1, 2):
         with warnings.catch_warnings(record=True) as said:
@@ -150,7 +150,7 @@ def test_a_table_of_labels_some_of_them_missing(tmp_path):
     assert s.train.vocab == ['a', 'b'] and s.train.labelled + s.valid.labelled == 10
     assert (make_dls(s, labelled=True, device='cpu').train_ds.y >= 0).all()
     (tmp_path/'5.png').unlink()
-    with pytest.raises(ValueError, match='1 of 12 files of .* are not there'): open_data(tmp_path, img_size=14, p=2, labels=tmp_path/'t.csv')
+    with pytest.raises(ValueError, match='1 of 12 files in column .name. of .* are not there'): open_data(tmp_path, img_size=14, p=2, labels=tmp_path/'t.csv')
 
 
 def test_unlabelled_data_trains_no_classifier(tmp_path):
@@ -163,6 +163,6 @@ def test_unlabelled_data_trains_no_classifier(tmp_path):
 def test_what_is_asked_for_in_vain(tmp_path):
     with pytest.raises(ValueError, match='valid is a share'): open_data('digits', valid=1.5)
     with pytest.raises(ValueError, match='there is no image in'): open_data(tmp_path)
-    with pytest.raises(FileNotFoundError, match='give the folder that does as root=, or download=True'): open_data('svhn', tmp_path)
+    with pytest.raises(FileNotFoundError, match='does not hold train_32x32.mat; root is the folder that does'): open_data('svhn', tmp_path)
     with pytest.raises(ValueError, match='no patch cuts 17 pixels'): open_data('digits', img_size=17)
     with pytest.raises(FileNotFoundError): open_data(str(tmp_path/'x-{0..2}.tar'))
