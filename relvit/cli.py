@@ -134,7 +134,7 @@ def _runs(what:Positional[Literal['list', 'compare']]='list', names:Positional[t
     for r in found: print(r if sys.stdout.isatty() else json.dumps(dict(path=str(r.path), status=r.status, **(r.metrics or [{}])[-1])))
 
 # %% ../nbs/69_cli.ipynb #db729498
-EXTRAS = dict(datasets="Hugging Face data sets (data 'hf:...')", webdataset='shards of images', jupyterlab='notebooks and widgets')
+EXTRAS = dict(datasets="Hugging Face data sets (data 'hf:...')", webdataset='shards of images', jupyterlab='notebooks', anywidget='widgets')
 
 def _doctor():
     """What this machine has, what is missing, and how to get it."""

@@ -73,7 +73,7 @@ def run_arms(arms:dict, # name -> function (cfg, seed, tell, out) that returns a
                 got[arm, seed] = f.result()
                 text = json.dumps(dict(results=got[arm, seed], config=asdict(cfg)))
                 if keep: write_whole(keep/f'{arm}-{seed}.json', lambda tmp: Path(tmp).write_text(text))
-                if not quiet: tqdm.write(f'{arm}, seed {seed} is done', file=sys.stderr)
+                if not quiet: tqdm.write(f'{arm}, seed {seed}: {len(got)} of {len(arms)*len(seeds)} are done', file=sys.stderr)
             while not queue.empty(): bar.update(queue.get())
     bar.close()
     keys = [k for a in arms for k in got[a, seeds[0]]]

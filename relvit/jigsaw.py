@@ -8,9 +8,9 @@ import torch
 from dataclasses import dataclass
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from .patches import from_patches, inverse_perms, permute, positions, random_perms, to_patches
+from .patches import from_patches, permute, positions, random_perms, to_patches
 from .plots import plt, show_image, show_patches
-from .relations import flat_index, spatial_relations
+from .relations import flat_index
 
 # %% auto #0
 __all__ = ['SIGNS', 'coordinates', 'place_scores', 'assign', 'Jigsaw', 'jigsaw']
