@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['COMPASS', 'COMPASS_COLOURS', 'as_image', 'show_image', 'show_patches', 'compass', 'show_relations', 'show_matrix',
-           'show_field']
+           'show_field', 'cells', 'rendered', 'Frames']
 
 # %% ../nbs/00_plots.ipynb #d5f4ab77
-import numpy as np, torch
+import io, json, numpy as np, torch
 import matplotlib.pyplot as plt
+from base64 import b64encode
+from html import escape
 from matplotlib.colors import ListedColormap, BoundaryNorm, to_rgb
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 # %% ../nbs/00_plots.ipynb #fc2019c4
 def as_image(x # (c,h,w) or (h,w) or (h,w,c), uint8 or float in [0,1]; one channel or three
@@ -116,3 +119,61 @@ def show_field(values, # (n,) one value or class a patch
     if query is not None:
         ax.add_patch(plt.Rectangle((query%cols*pw, query//cols*ph), pw, ph, fc='none', ec='w', lw=2))
     return ax
+
+# %% ../nbs/00_plots.ipynb #cda4b304
+def cells(ax, name:str, # what a click there chooses: 'patch', 'row', ...
+          rows:int, cols:int):
+    "Mark axes, whose picture fills them, as a grid of cells to click"
+    ax.set_gid(f'cells {name} {rows} {cols}')
+    return ax
+
+def rendered(fig) -> tuple[bytes, list]: # PNG, and [name, left, top, width, height, rows, cols] in shares of the picture
+    "Draw a figure once, and say where its cells lie"
+    canvas = fig.canvas
+    canvas.draw()
+    w, h = canvas.get_width_height()
+    found = []
+    for ax in fig.axes:
+        if not (ax.get_gid() or '').startswith('cells '): continue
+        (_, name, rows, cols), box = ax.get_gid().split(), ax.get_window_extent()
+        found.append([name, box.x0/w, 1 - box.y1/h, box.width/w, box.height/h, int(rows), int(cols)])
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, 'png', compress_level=1)
+    plt.close(fig)
+    return buffer.getvalue(), found
+
+class Frames:
+    "Figures behind a slider, for pages without a kernel; where there is one a patch, a click on a patch chooses as well"
+    def __init__(self, figs, # figures; they are drawn and closed
+                 labels=None, # a text for each
+                 start=0): # which is seen first
+        drawn = [rendered(f) for f in figs]
+        if not drawn: raise ValueError('there is no figure to show')
+        self.labels, self.start = [str(s) for s in labels or range(len(drawn))], start
+        if len(self.labels) != len(drawn): raise ValueError(f'{len(drawn)} figures but {len(self.labels)} labels')
+        self.pngs = [_light(png) for png, _ in drawn]
+        self.cells = [c[1:] for c in drawn[0][1] if c[0] == 'patch' and c[5]*c[6] == len(drawn)]
+
+    def _repr_png_(self): return self.pngs[self.start]
+    def _repr_html_(self):
+        data = [f'data:image/png;base64,{b64encode(png).decode()}' for png in self.pngs]
+        quoted = lambda v: escape(json.dumps(v))
+        show = "const d=this.closest('div').dataset,v=this.value;this.closest('div').querySelector('img').src=JSON.parse(d.frames)[v];" \
+               "this.nextElementSibling.textContent=JSON.parse(d.labels)[v];"
+        point = "const r=this.getBoundingClientRect(),s=this.closest('div').querySelector('input');" \
+                "for(const [l,t,w,h,m,n] of JSON.parse(this.closest('div').dataset.cells)){" \
+                "const i=Math.floor(((event.clientY-r.top)/r.height-t)/h*m),j=Math.floor(((event.clientX-r.left)/r.width-l)/w*n);" \
+                "if(i>=0&&i<m&&j>=0&&j<n){s.value=i*n+j;s.dispatchEvent(new Event('input'))}}"
+        return (f'<div class="relvit-frames" data-frames="{quoted(data)}" data-labels="{quoted(self.labels)}" data-cells="{quoted(self.cells)}">'
+                f'<img src="{data[self.start]}" alt="{escape(self.labels[self.start])}" onclick="{escape(point)}" '
+                f'style="max-width:100%;{"cursor:crosshair" if self.cells else ""}"><br>'
+                f'<input type="range" min="0" max="{len(data) - 1}" value="{self.start}" oninput="{escape(show)}" aria-label="which picture" '
+                f'data-lm-suppress-shortcuts="true" style="width:min(24em,60%);vertical-align:middle"> '
+                f'<span>{escape(self.labels[self.start])}</span></div>')
+    def __repr__(self): return f'Frames({len(self.pngs)}: {self.labels[0]} ... {self.labels[-1]})'
+
+def _light(png):
+    "The same picture with a palette, a third of the bytes"
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).quantize(96, dither=Image.Dither.NONE).save(buffer, 'png', optimize=True)
+    return buffer.getvalue()

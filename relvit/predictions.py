@@ -12,6 +12,7 @@ from torch import Tensor
 from .patches import positions
 from .plots import compass, plt, show_field, show_image, show_matrix, show_patches, show_relations
 from .relations import RELATIONS
+from .runs import plot_metrics
 from .tasks import Directions, Regression, SpatialRelations, Truth
 
 # %% auto #0
@@ -147,25 +148,34 @@ def show_confusion(counts:Tensor, # of `confusion`
 
 # %% ../nbs/50_predictions.ipynb #b454d0d9
 class WatchRelations(Callback):
-    "Draws the relations of one held-out image after every epoch, in a notebook. Reads `learn.model`, `.dls`, `.recorder`"
+    """After every epoch, in a notebook: the relations of one held-out image; the loss, and every metric over its chance.
+    Reads `learn.model`, `.dls`, `.recorder`"""
     order, run_train = 120, False
     def __init__(self, i=0, # which validation image
                  every=1, # epochs
                  show:bool=None): # draw; in notebooks only if None
-        self.i, self.every, self.readings, self.handle = i, every, [], None
+        self.i, self.every, self.readings, self.metrics, self.handles = i, every, [], [], []
         self.draws = IN_NOTEBOOK if show is None else show
 
     def after_epoch(self):
+        names, (train, *values) = self.learn.recorder.metric_names[2:], self.learn.recorder.values[-1]
+        valid = {k.removeprefix('valid_'): v for k, v in zip(names, values)}
+        self.metrics.append(dict(epoch=self.learn.epoch, train=dict(loss=train), valid=valid, chance=self.learn.model.chance()))
         if self.learn.epoch % self.every and self.learn.epoch != self.learn.n_epoch - 1: return
         ds, loader = self.learn.dls.valid_ds, self.learn.dls.valid
         x = loader.augment(ds.batch(torch.tensor([self.i]))[0], torch.Generator())[0]
         self.readings.append((self.learn.epoch, read(self.learn.model, x)))
         if not self.draws: return
         from IPython.display import display
-        fig = self.figure()
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
-        plt.close(fig)
+        for i, fig in enumerate((self.figure(), self.curves())):
+            if i < len(self.handles): self.handles[i].update(fig)
+            else: self.handles.append(display(fig, display_id=True))
+            plt.close(fig)
+
+    def curves(self):
+        "The loss, and every metric over what a guess scores"
+        if not self.metrics: raise RuntimeError('nothing was watched yet: train first')
+        return plot_metrics(dict(now=self.metrics))
 
     def figure(self, size=2.2, most=5):
         "The image, the truth, and what was believed after some epochs"

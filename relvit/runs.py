@@ -17,7 +17,7 @@ from .plots import plt
 
 # %% auto #0
 __all__ = ['provenance', 'Run', 'SeedSteps', 'save_state', 'load_state', 'RecordRun', 'better', 'figures', 'plot_run',
-           'list_runs', 'compare']
+           'plot_metrics', 'list_runs', 'compare']
 
 # %% ../nbs/36_runs.ipynb #e8a2ec32
 def provenance() -> dict:
@@ -316,9 +316,12 @@ def figures(run):
     plt.close(fig)
 
 def plot_run(*runs):
-    "Loss and metrics on the held-out part, epoch by epoch, over what a guess scores"
+    "The curves of runs, one over the other; None where no epoch is done"
     rows = {r.path.name: r.metrics for r in runs if r.metrics}
-    if not rows: return None
+    return plot_metrics(rows) if rows else None
+
+def plot_metrics(rows:dict): # name -> one dict an epoch, as in `metrics.jsonl`
+    "Loss and metrics on the held-out part, epoch by epoch, over what a guess scores"
     last = [m[-1] for m in rows.values()]
     keys = ['loss'] + list(dict.fromkeys(k for m in last for k in m['valid'] if k in m['chance']))
     fig, axs = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.6), squeeze=False)

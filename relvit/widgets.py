@@ -4,7 +4,7 @@
 
 # %% ../nbs/53_widgets.ipynb #f65871b8
 from __future__ import annotations
-import html, io, anywidget, ipywidgets as W, numpy as np, torch, traitlets
+import html, anywidget, ipywidgets as W, numpy as np, torch, traitlets
 from contextlib import contextmanager
 from pathlib import Path
 from PIL import Image
@@ -15,7 +15,7 @@ from .features import patch_tokens, similarity
 from .images import image_files, read_image
 from .jigsaw import jigsaw
 from .patches import mega_patches, pair, permute, positions, random_perms
-from .plots import compass, plt, show_field, show_image, show_matrix, show_patches, show_relations
+from .plots import cells, compass, plt, rendered, show_field, show_image, show_matrix, show_patches, show_relations
 from .predictions import read
 from .runs import Run, compare, list_runs, plot_run
 from .relations import spatial_relations
@@ -24,32 +24,10 @@ from .tokens import TokenEncoder
 from .training import load_model
 
 # %% auto #0
-__all__ = ['cells', 'rendered', 'Picture', 'Explorer', 'as_model', 'as_images', 'RelationExplorer', 'wanted', 'draw_reading',
-           'worth', 'PatchPlayground', 'AttentionExplorer', 'JigsawExplorer', 'MethodComparison', 'RunExplorer']
+__all__ = ['Picture', 'Explorer', 'as_model', 'as_images', 'RelationExplorer', 'wanted', 'draw_reading', 'worth',
+           'PatchPlayground', 'AttentionExplorer', 'JigsawExplorer', 'MethodComparison', 'RunExplorer']
 
 # %% ../nbs/53_widgets.ipynb #5f047827
-def cells(ax, name:str, # what a click there chooses: 'patch', 'row', ...
-          rows:int, cols:int):
-    "Mark axes, whose picture fills them, as a grid of cells to click"
-    ax.set_gid(f'cells {name} {rows} {cols}')
-    return ax
-
-def rendered(fig) -> tuple[bytes, list]: # PNG, and [name, left, top, width, height, rows, cols] in shares of the picture
-    "Draw a figure once, and say where its cells lie"
-    canvas = fig.canvas
-    canvas.draw()
-    w, h = canvas.get_width_height()
-    found = []
-    for ax in fig.axes:
-        if not (ax.get_gid() or '').startswith('cells '): continue
-        (_, name, rows, cols), box = ax.get_gid().split(), ax.get_window_extent()
-        found.append([name, box.x0/w, 1 - box.y1/h, box.width/w, box.height/h, int(rows), int(cols)])
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, 'png', compress_level=1)
-    plt.close(fig)
-    return buffer.getvalue(), found
-
-# %% ../nbs/53_widgets.ipynb #8b2ad231
 class Picture(anywidget.AnyWidget):
     "A PNG with cells: a click, or an arrow key, chooses one of them"
     png = traitlets.Bytes(b'').tag(sync=True)
@@ -109,7 +87,7 @@ class Picture(anywidget.AnyWidget):
     export default { render };
     '''
 
-# %% ../nbs/53_widgets.ipynb #ee29b17d
+# %% ../nbs/53_widgets.ipynb #d2291bf9
 class Explorer(W.VBox):
     "Controls, a picture and what to do where there is none. Say `draw(**state)`, a figure of the values of all controls"
     query = None # name of the control that a click on a patch sets
@@ -154,7 +132,7 @@ class Explorer(W.VBox):
         return {**bundle, 'text/plain': repr(self), 'image/png': b64encode(self.picture.png).decode()}
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
-# %% ../nbs/53_widgets.ipynb #55672f89
+# %% ../nbs/53_widgets.ipynb #1c05dc26
 def as_model(source) -> RelViT|TokenEncoder: # Learner, `RelViT`, `TokenEncoder`, `Run` or run folder
     "The model of whatever holds one. Raises TypeError for what does not"
     if isinstance(source, (str, Path, Run)): return load_model(source)
@@ -193,7 +171,7 @@ def _axes(n, size, rows=1, legend=0., extra=.16): # fixed places: a layout that 
     for ax in axs: ax.set_anchor('S')
     return fig, axs
 
-# %% ../nbs/53_widgets.ipynb #4ec97b20
+# %% ../nbs/53_widgets.ipynb #77cfe1b8
 class RelationExplorer(Explorer):
     "What a model believes about the relations of an image's patches, patch by patch"
     query = 'patch'
@@ -225,7 +203,7 @@ def wanted(model) -> tuple: # (H,W)
     grid, p = getattr(model, 'grid', None), getattr(model, 'encoder', model).p
     return tuple(g*s for g, s in zip(grid or model.grid, pair(p)))
 
-# %% ../nbs/53_widgets.ipynb #1b77301e
+# %% ../nbs/53_widgets.ipynb #4ec97b20
 def draw_reading(r, # `Reading`
                  query:int, # patch
                  size=2.2):
@@ -264,7 +242,8 @@ def worth(r) -> str: # `Reading`
         words, better = f'{r.task.name}: off by {got:.2f} on average, a guess by {guess:.2f}', got < .95*guess
     else:
         got, guess = 1 - r.wrong.mean().item(), chance['acc']
-        words, better = f'{r.task.name}: {got:.0%} right, a guess {guess:.0%}', got > 1.1*guess
+        luck = 2*(guess*(1 - guess)/len(r.truth))**.5 # of one who guesses as many answers as there are patches
+        words, better = f'{r.task.name}: {got:.0%} right, a guess {guess:.0%}', got > guess + luck
     return words if better else words + '. That is no better than guessing: has this model been trained on this task?'
 
 def _frame(ax, r, query):
@@ -277,7 +256,7 @@ def _scale(task):
     if isinstance(task, Directions): return dict(cmap='twilight', lo=-np.pi, hi=np.pi)
     return dict(cmap='cividis', lo=-1, hi=1) if isinstance(task, Regression) else dict(cmap='viridis', lo=None, hi=None)
 
-# %% ../nbs/53_widgets.ipynb #5097cd11
+# %% ../nbs/53_widgets.ipynb #c61ac23a
 class PatchPlayground(Explorer):
     "An image, what pretraining makes of it, and what is true then"
     query = 'patch'
@@ -337,7 +316,7 @@ def _mark(ax, p, w, patch):
     ph, pw = pair(p)
     ax.add_patch(plt.Rectangle((patch%w*pw, patch//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5))
 
-# %% ../nbs/53_widgets.ipynb #58fac3b7
+# %% ../nbs/53_widgets.ipynb #57c9db0a
 class AttentionExplorer(Explorer):
     "Who looks where, in any timm ViT or Swin"
     query = 'patch'
@@ -385,7 +364,7 @@ class AttentionExplorer(Explorer):
             cells(ax, 'patch', lh, lw)
         return fig
 
-# %% ../nbs/53_widgets.ipynb #46aba31c
+# %% ../nbs/53_widgets.ipynb #bbaf8c7f
 class JigsawExplorer(Explorer):
     "A shuffled image, put together again as far as the slider says"
     query = 'patch'
@@ -430,7 +409,7 @@ class JigsawExplorer(Explorer):
         self.controls['patch'].value = at[name]()
     def hint(self): return repr(self.puzzle(*(self.state[k] for k in ('image', 'seed', 'use'))))
 
-# %% ../nbs/53_widgets.ipynb #222bfcf4
+# %% ../nbs/53_widgets.ipynb #76aa7bb9
 class MethodComparison(Explorer):
     "Encoders on the same image, at the same place"
     query = 'patch'
@@ -481,7 +460,7 @@ class MethodComparison(Explorer):
         if any_relations: compass(fig.add_axes([1 - .33/4.35, .5, .3/4.35, .6/len(self.models)]), 'a patch lies')
         return fig
 
-# %% ../nbs/53_widgets.ipynb #a25c1d9a
+# %% ../nbs/53_widgets.ipynb #3238f142
 class RunExplorer(Explorer):
     "Curves, figures and configurations of run folders side by side"
     def __init__(self, folder='runs', # that holds run folders
