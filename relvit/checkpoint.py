@@ -173,7 +173,7 @@ def _timm_head(model):
 def _preparation(obj, size):
     "How images become the square that the model sees, in timm's words; vocab and fit are a run's or those of the data"
     splits = getattr(getattr(obj, 'dls', None), 'splits', None)
-    fit, vocab = getattr(obj, 'fit', getattr(splits, 'fit', None)), getattr(obj, 'vocab', splits and splits.train.vocab)
+    fit, vocab = (splits.fit, splits.train.vocab) if splits else (getattr(_model(obj), k, None) for k in ('fit', 'vocab'))
     whole = size/(round(size*8/7) + .25) # timm rounds down
     said = dict(interpolation='bicubic', crop_pct=1. if fit == 'resize' else round(whole, 6)) if fit else {}
     return said | (dict(label_names=list(vocab)) if vocab else {})

@@ -65,14 +65,14 @@ _classes = ListedColormap(COMPASS_COLOURS), BoundaryNorm(np.arange(10) - .5, 9)
 
 def _ink(colour): return 'k' if np.dot(to_rgb(colour), (.3, .59, .11)) > .5 else 'w'
 
-def compass(ax=None, title:str='seen from j,\npatch i lies', size=1.2):
+def compass(ax=None, title:str='seen from j,\npatch i lies', size=1.2, fontsize=8.):
     "The legend of the nine relations: each colour where the relation points"
     ax = ax or plt.subplots(figsize=(size, size))[1]
     ax.imshow(np.arange(9).reshape(3, 3), cmap=_classes[0], norm=_classes[1])
     for k, name in enumerate(COMPASS):
-        ax.text(k%3, k//3, name, ha='center', va='center', fontsize=8, color=_ink(COMPASS_COLOURS[k]))
+        ax.text(k%3, k//3, name, ha='center', va='center', fontsize=fontsize, color=_ink(COMPASS_COLOURS[k]))
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=fontsize)
     return ax
 
 # %% ../nbs/00_plots.ipynb #434fdee9
@@ -147,7 +147,7 @@ class Frames:
     def __init__(self, figs, # figures; they are drawn and closed
                  labels=None, # a text for each
                  start=0): # which is seen first
-        drawn = [rendered(f) for f in figs]
+        drawn = [rendered(_close_set(f)) for f in figs]
         if not drawn: raise ValueError('there is no figure to show')
         self.labels, self.start = [str(s) for s in labels or range(len(drawn))], start
         if len(self.labels) != len(drawn): raise ValueError(f'{len(drawn)} figures but {len(self.labels)} labels')
@@ -171,6 +171,11 @@ class Frames:
                 f'data-lm-suppress-shortcuts="true" style="width:min(24em,60%);vertical-align:middle"> '
                 f'<span>{escape(self.labels[self.start])}</span></div>')
     def __repr__(self): return f'Frames({len(self.pngs)}: {self.labels[0]} ... {self.labels[-1]})'
+
+def _close_set(fig):
+    "Without the wide margins of a figure that nobody has laid out"
+    if fig.get_layout_engine() is None: fig.set_layout_engine('constrained')
+    return fig
 
 def _light(png):
     "The same picture with a palette, a third of the bytes"

@@ -230,7 +230,7 @@ def draw_reading(r, # `Reading`
             ax.set(xlabel='', ylabel='', xticks=[], yticks=[])
             ax.axvline(query, color='#f58518', lw=1.2)
             cells(ax, 'column', len(m), len(m))
-        if scale.get('classes'): compass(fig.add_axes([1 - .33/4.35, .56, .3/4.35, .3]), 'a patch lies')
+        if scale.get('classes'): compass(fig.add_axes([1 - .33/4.35, .56, .3/4.35, .3]), 'a patch lies', fontsize=min(8, 3.4*size))
     for ax in axs[:4]: cells(ax, 'patch', *r.grid)
     return fig
 
