@@ -1,11 +1,11 @@
-# make demo | test | lab: each sets up .venv first. PYTHON=python3.12 make test takes another interpreter.
+# make demo | test | lab | docs: each sets up .venv first. PYTHON=python3.12 make test takes another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch's threads spin: with two of them anything else on two cores crawls (and so do they)
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lab setup benchmark record study notebooks readme clean
+.PHONY: demo test lab docs setup benchmark record study notebooks readme clean
 demo: setup
 	$(BIN)/python -W ignore -m relvit.demo $(ARGS)
 
@@ -14,6 +14,10 @@ test: setup
 
 lab: setup
 	cd nbs && env -u MPLBACKEND ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+# the site, into _docs; nbdev_docs makes it with Quarto
+docs: setup
+	$(BIN)/python -W ignore tools/site.py $(ARGS)
 
 setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py
@@ -42,4 +46,4 @@ readme: setup
 	$(BIN)/python tools/notebooks.py readme
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo runs _docs

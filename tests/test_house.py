@@ -57,11 +57,11 @@ def rooms(): return {room(notebook(p)): number(p) for p in numbered}
 
 
 def test_numbers_are_names():
-    "NN_name.ipynb exports name.py; no number is used twice; what lies in nbs/ itself has a number, or is the index"
+    "NN_name.ipynb exports name.py; no number is used twice; what lies in nbs/ itself has one, or is about all of it"
     assert {p.stem[3:]: number(p) for p in numbered} == rooms()
     assert len({number(p) for p in numbered}) == len(numbered)
     assert {p.stem for p in modules} == set(rooms())
-    assert all(p.name == 'index.ipynb' for p in pages if p.parent == root/'nbs' and p not in numbered)
+    assert {p.stem for p in pages if p.parent == root/'nbs' and p not in numbered} == {'index', 'results'}
 
 
 @pytest.mark.parametrize('path', **by_name(numbered))
@@ -139,6 +139,13 @@ def test_the_package_is_what_the_notebooks_export(copy):
 def test_notebooks_are_clean(path, copy):
     same = path.read_bytes() == (copy/path.relative_to(root)).read_bytes()
     assert same, f'nbdev_clean changes {path.name}'
+
+
+@pytest.mark.parametrize('path', **by_name(pages))
+def test_title_and_subtitle_have_a_cell_of_their_own(path):
+    "nbdev's docs show nothing else of the first cell of text"
+    first = next(''.join(c['source']) for c in notebook(path)['cells'] if c['cell_type'] == 'markdown')
+    assert re.fullmatch(r'# .+\n\n> .+', first)
 
 
 machine = re.compile(r'(?<![\w.:/])/(?:home|work|root|tmp|usr|opt|Users)/|site-packages/|\b[A-Z]:\\+Users')
