@@ -22,6 +22,7 @@ class Look:
     maps:list # of each block: (b,heads,N,N), N with prefix tokens; Swin: (b*windows,heads,t,t)
     places:list # of each block: its grid and the patches of its windows, see `TokenEncoder.attention_places`
     prefix:int # class token and registers before the patches
+    tokens:Tensor # (b,n,d) patch tokens of the same pass
 
     @property
     def depth(self): return len(self.maps)
@@ -39,13 +40,14 @@ def look(encoder:TokenEncoder, x:Tensor, # (b,c,H,W) or (c,H,W) images
          pos_embed:bool=None # see `TokenEncoder.forward`
         ) -> Look:
     "Catch the attention of every block. Raises RuntimeError where there is none"
-    x, was = x[None] if x.ndim == 3 else x, encoder.training
+    x, was, kept = x[None] if x.ndim == 3 else x, encoder.training, []
     encoder.eval()
+    hook = encoder.register_forward_hook(lambda *a: kept.append(a[-1].patches.float().cpu()))
     try: maps = [m.float().cpu() for m in encoder.attention(x.to(next(encoder.parameters()).device), pos_embed)]
-    finally: encoder.train(was)
+    finally: hook.remove(), encoder.train(was)
     places = encoder.attention_places()
     (h, w), ids = places[0]
-    return Look(x.cpu(), maps, places, maps[0].shape[-1] - h*w if ids is None else 0)
+    return Look(x.cpu(), maps, places, maps[0].shape[-1] - h*w if ids is None else 0, kept[0])
 
 # %% ../nbs/51_attention.ipynb #b4b01084
 def _index(look, query, layer):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from .attention import look
 from .augment import PatchAugment
-from .features import patch_tokens, similarity
+from .features import similarity
 from .images import image_files, read_image
 from .jigsaw import jigsaw
 from .patches import mega_patches, pair, permute, positions, random_perms
@@ -33,25 +33,35 @@ class Picture(anywidget.AnyWidget):
     png = traitlets.Bytes(b'').tag(sync=True)
     cells = traitlets.List().tag(sync=True)
     chosen = traitlets.List([]).tag(sync=True) # [name, row, column] of the last click
-    at = traitlets.List([0, 0]).tag(sync=True) # row and column of the chosen patch, where the arrow keys start
+    at = traitlets.List([]).tag(sync=True) # row, column, rows, columns: the chosen patch, where the arrow keys start, in its grid
     alt = traitlets.Unicode('').tag(sync=True)
+    stale = traitlets.Bool(False).tag(sync=True) # the state has no picture; this is an older one
     _css = '''
-    .relvit-picture { position: relative; display: inline-block; line-height: 0; outline-offset: 2px }
-    .relvit-picture img { max-width: 100%; cursor: crosshair }
-    .relvit-picture .hover { position: absolute; box-sizing: border-box; border: 2px solid #f58518; pointer-events: none; display: none }
+    .relvit-picture { position: relative; display: inline-block; line-height: 0; margin: 4px; outline-offset: 1px }
+    .relvit-picture img { max-width: max(100%, 560px) }
+    .relvit-picture.hears img { cursor: crosshair }
+    .relvit-picture.stale img { opacity: .3 }
+    .relvit-picture .hover { position: absolute; box-sizing: border-box; border: 1px solid #fff; outline: 1px solid #000; pointer-events: none; display: none }
     '''
     _esm = '''
     function render({ model, el }) {
       const box = document.createElement('div'), img = document.createElement('img'), hover = document.createElement('div');
-      box.className = 'relvit-picture'; hover.className = 'hover'; box.tabIndex = 0; img.draggable = false;
-      box.setAttribute('role', 'application');
+      hover.className = 'hover'; img.draggable = false; el.style.overflowX = 'auto';
       box.setAttribute('data-lm-suppress-shortcuts', 'true'); // or JupyterLab takes the arrow keys
       box.append(img, hover); el.append(box);
-      let url = null;
+      let url = null, ahead = null, late = null, last = null; // where the keys have gone while Python still draws
+      const dress = () => {
+        const hears = model.get('cells').length > 0;
+        box.className = 'relvit-picture' + (hears ? ' hears' : '') + (model.get('stale') ? ' stale' : '');
+        box.setAttribute('role', model.get('at').length ? 'application' : 'img');
+        if (model.get('at').length) box.tabIndex = 0; else box.removeAttribute('tabindex');
+        box.setAttribute('aria-label', model.get('alt'));
+        over(last);
+      };
       const paint = () => {
         const old = url;
         url = URL.createObjectURL(new Blob([model.get('png')], { type: 'image/png' }));
-        img.src = url; img.alt = model.get('alt'); box.setAttribute('aria-label', model.get('alt'));
+        img.src = url; img.alt = model.get('alt');
         if (old) URL.revokeObjectURL(old);
       };
       const find = event => {
@@ -62,26 +72,29 @@ class Picture(anywidget.AnyWidget):
         }
         return null;
       };
-      const choose = (name, row, col) => { model.set('chosen', [name, row, col]); model.save_changes(); };
-      img.addEventListener('click', event => { const c = find(event); if (c) choose(c.name, c.row, c.col); box.focus(); });
-      img.addEventListener('mousemove', event => {
-        const c = find(event);
+      const over = event => { // the cell below the mouse; of a matrix the whole column, as all of it is chosen
+        const c = event && find(event), column = c && c.name === 'column';
         hover.style.display = c ? 'block' : 'none';
         if (!c) return;
         hover.style.left = 100*(c.left + c.w*c.col/c.cols) + '%'; hover.style.width = 100*c.w/c.cols + '%';
-        hover.style.top = 100*(c.top + c.h*c.row/c.rows) + '%'; hover.style.height = 100*c.h/c.rows + '%';
-      });
-      img.addEventListener('mouseleave', () => { hover.style.display = 'none'; });
+        hover.style.top = 100*(c.top + (column ? 0 : c.h*c.row/c.rows)) + '%'; hover.style.height = 100*c.h/(column ? 1 : c.rows) + '%';
+      };
+      const choose = (name, row, col) => { model.set('chosen', [name, row, col]); model.save_changes(); };
+      img.addEventListener('click', event => { const c = find(event); ahead = null; if (c) choose(c.name, c.row, c.col); box.focus(); });
+      img.addEventListener('mousemove', event => { last = event; over(event); });
+      img.addEventListener('mouseleave', () => { last = null; over(null); });
       box.addEventListener('keydown', event => {
         const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-        const grid = model.get('cells').find(c => c[0] === 'patch');
-        if (!step || !grid) return;
+        const [row, col, rows, cols] = ahead ?? model.get('at'), clip = (v, n) => Math.max(0, Math.min(n - 1, v));
+        if (!step || !rows) return;
         event.preventDefault(); event.stopPropagation();
-        const [row, col] = model.get('at'), clip = (v, n) => Math.max(0, Math.min(n - 1, v));
-        choose('patch', clip(row + step[0], grid[5]), clip(col + step[1], grid[6]));
+        ahead = [clip(row + step[0], rows), clip(col + step[1], cols), rows, cols];
+        clearTimeout(late); late = setTimeout(() => { ahead = null; }, 1000);
+        choose('patch', ahead[0], ahead[1]);
       });
       model.on('change:png', paint);
-      paint();
+      for (const name of ['cells', 'at', 'alt', 'stale']) model.on('change:' + name, dress);
+      paint(); dress();
       return () => { if (url) URL.revokeObjectURL(url); };
     }
     export default { render };
@@ -93,9 +106,9 @@ class Explorer(W.VBox):
     query = None # name of the control that a click on a patch sets
     def __init__(self, alt='', # what the picture shows, for those who cannot see it
                  **controls): # ipywidgets by name
-        self.controls, self.picture, self.note = controls, Picture(alt=alt), W.HTML()
-        shown = [c for c in controls.values() if c.layout.display != 'none']
-        bar = W.HBox(shown, layout=W.Layout(flex_flow='row wrap'))
+        self.controls, self.alt, self.picture, self.note = controls, alt, Picture(), W.HTML()
+        bar = W.GridBox([c for c in controls.values() if c.layout.display != 'none'],
+                        layout=W.Layout(grid_template_columns='repeat(auto-fill, 20em)'))
         super().__init__([bar, self.picture, self.note])
         for c in controls.values(): c.observe(lambda _: self.update(), 'value')
         self.picture.observe(lambda change: change.new and self.clicked(*change.new), 'chosen')
@@ -106,6 +119,9 @@ class Explorer(W.VBox):
     def draw(self, **state): raise NotImplementedError(f'{type(self).__name__} must say draw(**state)')
     def grid(self): "(h,w) of the patches that a click chooses"
     def clicked(self, name, row, col): self.controls[self.query].value = row*self.grid()[1] + col if name == 'patch' else col
+    def place(self): # row, column, rows, columns of the chosen patch, as a click would give them
+        (h, w), k = self.grid(), self.controls[self.query].value
+        return [k//w, k%w, h, w]
 
     @contextmanager
     def hold(self):
@@ -119,10 +135,19 @@ class Explorer(W.VBox):
         "Draw the present state"
         if getattr(self, 'held', False): return
         try:
-            self.picture.png, self.picture.cells = rendered(self.draw(**self.state))
-            if self.query: self.picture.at = list(divmod(self.controls[self.query].value, self.grid()[1]))
+            if self.query:
+                self.held, (h, w) = True, self.grid() # a coarser grid has fewer patches to choose from
+                self.controls[self.query].max, self.held = h*w - 1, False
+            png, found = rendered(self.draw(**self.state))
+            with self.picture.hold_sync():
+                self.picture.png, self.picture.cells, self.picture.stale, self.picture.alt = png, found, False, self.alt
+                if self.query:
+                    self.picture.at = row, col, *_ = self.place()
+                    self.picture.alt = f'{self.alt}; patch {self.controls[self.query].value}, row {row}, column {col}; the arrow keys walk'
             self.say('')
-        except (ValueError, RuntimeError, FileNotFoundError) as e: self.say(str(e))
+        except (ValueError, RuntimeError, FileNotFoundError) as e:
+            self.picture.cells, self.picture.at, self.picture.stale = [], [], True
+            self.say(str(e))
 
     def say(self, text): self.note.value = f'<span style="color:#a63603">{html.escape(text)}</span>' if text else html.escape(self.hint())
     def hint(self): return ''
@@ -161,7 +186,7 @@ def as_images(source, # (b,c,H,W) or (c,H,W) tensor or array, PIL image, path, f
     return x
 
 def _choice(images): return W.IntSlider(0, 0, len(images) - 1, description='image', layout=W.Layout(display='none' if len(images) < 2 else ''))
-def _hidden(n, value=0): return W.BoundedIntText(value, 0, n - 1, description='patch', layout=W.Layout(width='10em'))
+def _hidden(n, value=0): return W.BoundedIntText(value, min=0, max=n - 1, description='patch', layout=W.Layout(width='13em'))
 def _axes(n, size, rows=1, legend=0., extra=.16): # fixed places: a layout that is computed takes longer than the picture
     "Square axes side by side, and a figure"
     fig = plt.figure(figsize=((n + legend)*size*1.08, rows*size*(1 + extra)))
@@ -179,7 +204,7 @@ class RelationExplorer(Explorer):
                  images, # see `as_images`
                  task=None, # name; the first about patches if None
                  patch=None, # the one in the middle if None
-                 size=2.2): # inches of a panel
+                 size=1.75): # inches of a panel
         self.model, self.size, self.readings = as_model(model), size, {}
         if not isinstance(self.model, RelViT): raise TypeError('relations are what a RelViT predicts; a bare encoder has attention and features')
         names = [n for n, t in self.model.tasks.items() if t.view == 'patches']
@@ -248,7 +273,7 @@ def worth(r) -> str: # `Reading`
 
 def _frame(ax, r, query):
     (ph, pw), w = pair(r.p), r.grid[1]
-    ax.add_patch(plt.Rectangle((query%w*pw, query//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5))
+    ax.add_patch(plt.Rectangle((query%w*pw, query//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5, zorder=3))
 
 def _scale(task):
     "The colours of a task's answers"
@@ -262,7 +287,7 @@ class PatchPlayground(Explorer):
     query = 'patch'
     def __init__(self, images, # see `as_images`
                  p, # pixels of a side of a patch
-                 size=2.6):
+                 size=2.3):
         self.p, self.size = p, size
         first = as_images(images, *_like(images, p))
         self.images = first
@@ -270,17 +295,17 @@ class PatchPlayground(Explorer):
         super().__init__('An image before and after, and the relations that are true after', image=_choice(first),
             order=W.IntSlider(0, 0, 20, description='order'), mega=W.IntSlider(min(h, w), 2, min(h, w), description='mega side'),
             colours=W.FloatSlider(0, min=0, max=1, step=.1, description='colours'), noise=W.FloatSlider(0, min=0, max=1, step=.1, description='noise'),
-            draws=W.IntSlider(0, 0, 20, description='draw'), patch=_hidden(h*w))
+            draws=W.IntSlider(0, 0, 20, description='next draw'), patch=_hidden(h*w))
 
-    def grid(self):
-        side, (h, w) = self.controls['mega'].value, (s//q for s, q in zip(self.images.shape[-2:], pair(self.p)))
-        return (h, w) if side == min(h, w) else (side, side)
+    def grid(self): return self.grid_of(self.controls['mega'].value)
+    def grid_of(self, mega):
+        h, w = (s//q for s, q in zip(self.images.shape[-2:], pair(self.p)))
+        return (h, w) if mega == min(h, w) else (mega, mega)
 
     def draw(self, image, order, mega, colours, noise, draws, patch):
         x, generator = self.images[image:image + 1], torch.Generator().manual_seed(draws)
-        h, w = self.grid()
+        h, w = self.grid_of(mega)
         n = h*w
-        if patch >= n: raise ValueError(f'there are only {n} mega-patches now; choose one of them')
         y = mega_patches(x, self.p, (h, w), generator) if (h, w) != tuple(s//q for s, q in zip(x.shape[-2:], pair(self.p))) else x
         y = y if y.dtype == torch.uint8 else y.clamp(0, 1)
         y = PatchAugment(self.p, crop=1/1.15 if colours else None, jitter=colours, grey=colours/4, noise=noise)(y, None, generator) if colours or noise else y
@@ -314,7 +339,7 @@ def _like(images, p):
 def _mark(ax, p, w, patch):
     "A frame around a patch"
     ph, pw = pair(p)
-    ax.add_patch(plt.Rectangle((patch%w*pw, patch//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5))
+    ax.add_patch(plt.Rectangle((patch%w*pw, patch//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5, zorder=3))
 
 # %% ../nbs/53_widgets.ipynb #57c9db0a
 class AttentionExplorer(Explorer):
@@ -322,7 +347,7 @@ class AttentionExplorer(Explorer):
     query = 'patch'
     def __init__(self, model, # see `as_model`
                  images, # see `as_images`
-                 size=2.8, pos_embed:bool=None): # see `TokenEncoder.forward`
+                 size=2.55, pos_embed:bool=None): # see `TokenEncoder.forward`
         model = as_model(model)
         self.encoder, self.size, self.pos_embed, self.looks = getattr(model, 'encoder', model), size, pos_embed, {}
         self.images = as_images(images, tuple(self.encoder.img_size), self.encoder.in_chans)
@@ -332,8 +357,8 @@ class AttentionExplorer(Explorer):
         super().__init__('Attention of the chosen patch', image=_choice(self.images),
             layer=W.IntSlider(first.depth - 1, 0, first.depth - 1, description='layer'),
             head=W.Dropdown(options=['mean', 'max', *range(max(first.heads))], value='mean', description='head'),
-            cls=W.Checkbox(bool(first.prefix), description='from the class token', layout=W.Layout() if first.prefix else gone),
-            rollout=W.Checkbox(False, description='rollout', layout=W.Layout() if self.whole else gone),
+            cls=W.Checkbox(bool(first.prefix), description='from the class token', indent=False, layout=W.Layout() if first.prefix else gone),
+            rollout=W.Checkbox(False, description='rollout, of all heads', indent=False, layout=W.Layout() if self.whole else gone),
             share=W.FloatSlider(.1, min=.02, max=.5, step=.02, description='mask'), patch=_hidden(h*w, h//2*w + w//2))
 
     def look(self, image):
@@ -342,6 +367,10 @@ class AttentionExplorer(Explorer):
             self.looks[image] = look(self.encoder, self.images[image], self.pos_embed)
         return self.looks[image]
 
+    def place(self): return self.within(*(self.state[k] for k in ('image', 'layer', 'patch')))
+    def within(self, image, layer, patch): # row, column, rows, columns in the grid of a layer
+        (h, w), (lh, lw) = (self.look(image).grid(k) for k in (0, layer))
+        return [patch//w*lh//h, patch%w*lw//w, lh, lw]
     def grid(self): return self.look(self.controls['image'].value).grid(0)
     def clicked(self, name, row, col): # in the grid of the layer that is shown
         (h, w), (lh, lw) = self.grid(), self.look(self.controls['image'].value).grid(self.controls['layer'].value)
@@ -349,8 +378,9 @@ class AttentionExplorer(Explorer):
 
     def draw(self, image, layer, head, cls, rollout, share, patch):
         seen = self.look(image)
-        (h, w), (lh, lw) = seen.grid(0), seen.grid(layer)
-        q = 'cls' if cls else patch//w*lh//h*lw + patch%w*lw//w # where the patch lies in the grid of this layer
+        row, col, lh, lw = self.within(image, layer, patch)
+        q = 'cls' if cls else row*lw + col
+        self.controls['head'].disabled = rollout
         r = seen.rollout(q, layer + 1)[0] if rollout else seen.row(q, layer, head)[0]
         fig, axs = _axes(3, self.size)
         show_image(seen.x[0], axs[0], 'class token' if cls else f'patch {patch}')
@@ -369,7 +399,7 @@ class JigsawExplorer(Explorer):
     "A shuffled image, put together again as far as the slider says"
     query = 'patch'
     def __init__(self, model, images, # see `as_model`, `as_images`
-                 size=2.6):
+                 size=2.55):
         self.model, self.size, self.solved = as_model(model), size, {}
         names = [n for n in ('positions', 'relations') if n in getattr(self.model, 'tasks', ())]
         if not names: raise ValueError('a puzzle needs a model that predicts positions or relations: pretrain with one of them')
@@ -395,7 +425,7 @@ class JigsawExplorer(Explorer):
         right = (j.places == j.truth)[placed].sum().item()
         show_patches(j.image(steps=steps), j.p, (), axs[1], f'{right} of {steps} in place')
         for k in j.places[placed[(j.places != j.truth)[placed]]].tolist():
-            axs[1].add_patch(plt.Rectangle((k%w*pair(j.p)[1], k//w*pair(j.p)[0]), pair(j.p)[1], pair(j.p)[0], fc='none', ec='#f58518', lw=1))
+            axs[1].add_patch(plt.Rectangle((k%w*pair(j.p)[1], k//w*pair(j.p)[0]), pair(j.p)[1], pair(j.p)[0], fc='none', ec='#a63603', lw=1.5, zorder=2.5))
         show_patches(j.image(j.truth), j.p, (), axs[2], 'as it was')
         slot = (j.truth == patch).nonzero().item() # the chosen patch: in the heap, where it was put, where it belongs
         for ax, place in zip(axs, (slot, j.places[slot].item() if slot in placed else None, patch)):
@@ -415,7 +445,7 @@ class MethodComparison(Explorer):
     query = 'patch'
     def __init__(self, models:dict, # name -> see `as_model`
                  images, # see `as_images`
-                 size=2.):
+                 size=1.75):
         if len(models) < 2: raise ValueError('a comparison needs two models or more, by name: dict(mine=..., theirs=...)')
         self.models, self.size, self.kept = {k: as_model(m) for k, m in models.items()}, size, {}
         self.images = {k: as_images(images, wanted(m), getattr(m, 'encoder', m).in_chans) for k, m in self.models.items()}
@@ -434,7 +464,8 @@ class MethodComparison(Explorer):
             m, x = self.models[name], self.images[name][image]
             e, relations = getattr(m, 'encoder', m), isinstance(m, RelViT) and 'relations' in m.tasks
             sees = False if relations else None # as relations are learnt
-            self.kept[name, image] = patch_tokens(e, x, sees), look(e, x, sees), read(m, x) if relations else None
+            seen = look(e, x, sees)
+            self.kept[name, image] = seen.tokens, seen, read(m, x) if relations else None
         return self.kept[name, image]
 
     def draw(self, image, patch):

@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 
 from relvit.plots import cells, plt, rendered
+from relvit.predictions import read
 from relvit.tasks import RelViT
 from relvit.tokens import TokenEncoder
 from relvit.training import Pretrain, train
@@ -59,7 +60,7 @@ def test_a_click_frames_the_patch_under_it(kind):
     name, left, top, w, h, rows, cols = next(c for c in widget.picture.cells if c[0] == 'patch')
     row, col = rows - 1, cols - 2
     widget.picture.chosen = ['patch', row, col]
-    assert widget.state['patch'] == row*widget.grid()[1] + col and widget.picture.at == [row, col]
+    assert widget.state['patch'] == row*widget.grid()[1] + col and widget.picture.at == [row, col, *widget.grid()]
     img = np.asarray(Image.open(io.BytesIO(widget.picture.png)).convert('RGB')).astype(int)
     H, W = img.shape[:2]
     patch = img[round((top + h*row/rows)*H) - 2:round((top + h*(row + 1)/rows)*H) + 2,
@@ -109,11 +110,18 @@ def test_what_is_wrong_is_said_where_the_picture_is():
     with pytest.raises(ValueError, match='two models or more'): MethodComparison(dict(one=model()), images())
     with pytest.raises(ValueError, match='has no task about patches, only labels'): RelationExplorer(RelViT(encoder(), ['labels'], classes=3), images())
     assert 'no better than guessing' in RelationExplorer(model('positions'), images()).note.value # untrained
+    widget = RelationExplorer(model('relations'), images())
+    before, widget.draw = widget.picture.png, lambda **state: read(widget.model, torch.rand(3, 8, 8))
+    widget.controls['patch'].value = 1
+    assert 'this model wants (32, 32)' in widget.note.value
+    assert widget.picture.png == before and widget.picture.stale and not widget.picture.cells # an old picture hears nothing
+
+
+def test_a_coarser_grid_has_fewer_patches():
     widget = PatchPlayground(images(), 8)
     widget.controls['patch'].value = 15
-    before = widget.picture.png
     widget.controls['mega'].value = 3
-    assert 'there are only 9 mega-patches' in widget.note.value and widget.picture.png == before
+    assert widget.state['patch'] == 8 and widget.picture.at == [2, 2, 3, 3] and not widget.picture.stale
 
 
 def test_a_page_without_a_kernel_has_the_figure():
