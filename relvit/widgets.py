@@ -107,8 +107,9 @@ class Explorer(W.VBox):
     def __init__(self, alt='', # what the picture shows, for those who cannot see it
                  **controls): # ipywidgets by name
         self.controls, self.alt, self.picture, self.note = controls, alt, Picture(), W.HTML()
-        bar = W.GridBox([c for c in controls.values() if c.layout.display != 'none'],
-                        layout=W.Layout(grid_template_columns='repeat(auto-fill, 20em)'))
+        shown = [c for c in controls.values() if c.layout.display != 'none']
+        for c in shown: c.layout.width = c.layout.width or 'auto' # of its place in the grid
+        bar = W.GridBox(shown, layout=W.Layout(grid_template_columns='repeat(auto-fill, 20em)', grid_gap='0 1em'))
         super().__init__([bar, self.picture, self.note])
         for c in controls.values(): c.observe(lambda _: self.update(), 'value')
         self.picture.observe(lambda change: change.new and self.clicked(*change.new), 'chosen')
