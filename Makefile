@@ -36,6 +36,7 @@ study: setup
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/widgets.py
 
 # execute every notebook in place, keep light outputs, export the package, write README.md
 notebooks: setup

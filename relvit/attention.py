@@ -8,7 +8,7 @@ import torch
 from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import Tensor
-from .plots import plt, show_field, show_image
+from .plots import frame, plt, show_field, show_image
 from .tokens import TokenEncoder
 
 # %% auto #0
@@ -116,9 +116,7 @@ def show_attention(seen:Look, i=0, # which image
 
 def _mark(ax, query, seen, layer):
     "A frame around the query"
-    if query == 'cls': return
-    (ph, pw), w = seen.side(layer), seen.grid(layer)[1]
-    ax.add_patch(plt.Rectangle((query%w*pw, query//w*ph), pw, ph, fc='none', ec='#f58518', lw=2))
+    if query != 'cls': frame(ax, query, seen.side(layer), seen.grid(layer)[1], lw=2)
 
 def show_masks(seen:Look, queries, # 'cls' or numbers of patches
                layer=-1, share=.1, heads='mean', size=1.6):

@@ -129,9 +129,10 @@ def encoder_config(path # file of `save` or `export_timm`
     if not (args := dict(meta.get('timm') or {})): return {}
     cfg = args.pop('pretrained_cfg_overlay')
     for k in ('num_classes', 'global_pool', 'fc_norm'): args.pop(k, None)
-    size = {'img_size': tuple(args.pop('img_size'))} if 'img_size' in args else {}
-    return dict(name=args.pop('model_name'), p=args.pop('patch_size', None), cls=args.pop('class_token', True),
-                mean=cfg['mean'], std=cfg['std'], **size, **args)
+    name, size = args.pop('model_name'), args.pop('img_size', cfg['input_size'][1:])
+    p = args.pop('patch_size', None) if name.startswith(('vit_', 'deit_', 'deit3_')) else None # of others it is an argument like the rest
+    return dict(name=name, img_size=tuple(size), p=tuple(p) if isinstance(p, list) else p, cls=args.pop('class_token', True),
+                mean=cfg['mean'], std=cfg['std'], **args)
 
 def load_encoder(path, # file of `save` or `export_timm`
                  **changes # of the arguments of `TokenEncoder`, like img_size or drop_path_rate

@@ -38,15 +38,17 @@ MORE = """
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
 def _train(mode, argv):
-    from relvit.training import MODES, plan, train
+    from relvit.training import MODES, config_of, plan, train
     kind, (early, rest) = MODES[mode], _options(argv)
     if early.resume:
-        if rest or early.config: raise ValueError(f'--resume goes on with what the run began with; it takes no {(rest or ["--config"])[0]}')
-        if (was := _run(early.resume)).config['mode'] != mode:
-            raise ValueError(f'{was.path} is a {was.config["mode"]} run: relvit {was.config["mode"]} --resume {was.path}' +
+        other = rest + [f'--{k.replace("_", "-")}' for k in ('config', 'init', 'dry_run') if getattr(early, k)]
+        if other: raise ValueError(f'--resume goes on with what the run began with; it takes no {other[0]}')
+        if (then := config_of(was := _run(early.resume)).mode) != mode:
+            raise ValueError(f'{was.path} is a {then} run: relvit {then} --resume {was.path}' +
                              (f'; to train on from its encoder: relvit {mode} --init {was.path}' if was.summary else ''))
         run = train(resume=was.path, tell='console')
     else:
+        if early.init and not Path(early.init).exists() and (Path('runs')/early.init/'config.json').is_file(): early.init = f'runs/{early.init}'
         init = dict(init=early.init) if early.init else {}
         default = kind.read(early.config, **init) if early.config else kind.of(init)
         if early.init: rest += ['--init', early.init]

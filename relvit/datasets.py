@@ -323,8 +323,13 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
     "Data by name or place, its parts named. Raises ValueError for an unknown name, `Unreadable` for too many bad files"
     if splits not in ('held-out', 'reference'): raise ValueError(f"splits is 'held-out' or 'reference', not {splits!r}")
     if valid is not None and not 0 < valid < 1: raise ValueError(f'valid is a share between 0 and 1, not {valid}')
+    known, others = str(data) in DATASETS, [n for n, v in dict(labels=labels, columns=columns, channels=channels != 3).items() if v]
+    if known and others: raise ValueError(f'{others[0]} is for folders of images; {data} says it itself')
+    if not known and splits == 'reference': raise ValueError(f'the reference knows no splits of {data}; it is for known data sets')
+    if columns and not labels: raise ValueError('columns are those of the CSV that labels names')
+    if classes and not (str(data) == 'imagenet100' or str(data).endswith('.tar')): raise ValueError('classes is for imagenet100 and for shards')
     def clean(ds): return only_readable(ds, most_unreadable) if check and isinstance(ds, ImageFiles) else ds
-    if str(data) in DATASETS:
+    if known:
         kwargs = dict(classes=classes) if classes else {}
         s = _by_name(DATASETS[data], clean, root, img_size, p, valid, seed, splits, download, **kwargs)
     else:

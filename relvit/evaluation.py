@@ -15,7 +15,7 @@ from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
 from .tokens import TokenEncoder
-from .training import MODES, load_model, make_learner, open_config_data, usable
+from .training import config_of, load_model, make_learner, open_config_data, usable
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'predict']
@@ -77,7 +77,7 @@ def evaluate(run, # `Run` or its folder
     "Scores of a run and what stands beside them. Raises ValueError where the data has no such part"
     run = run if isinstance(run, Run) else Run(run)
     if part not in ('test', 'valid'): raise ValueError(f"part is 'test' or 'valid', not {part!r}")
-    c = MODES[run.config['mode']].from_dict(run.config)
+    c = config_of(run)
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path = getattr(run, weights)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')

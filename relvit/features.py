@@ -42,7 +42,7 @@ def show_colours(encoder, x, # (b,c,H,W) images
     fig, axs = plt.subplots(2, len(x), figsize=(len(x)*size, 2.05*size), squeeze=False)
     for i, img in enumerate(x):
         show_image(img, axs[0, i])
-        show_image(colours[i].reshape(h, w, 3), axs[1, i])
+        show_image(colours[i].T.reshape(3, h, w), axs[1, i])
     return fig
 
 # %% ../nbs/49_features.ipynb #5037fc43

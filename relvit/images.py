@@ -43,7 +43,7 @@ def read_image(source, # path, open file or PIL image
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as im:
-            im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
+            if im is not source: im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
             im = ImageOps.fit(as_rgb(im, channels), (side, side), method=Image.Resampling.BICUBIC)
     except FileNotFoundError: raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
@@ -94,6 +94,7 @@ class ImageFiles(Images):
         self.side, self.channels, self.skipped = side, channels, dict(skipped)
 
     def source(self, i): return self.files[i]
+    def name_of(self, i): return str(self.files[i])
     def read(self, i): return read_image(self.source(i), self.side, self.channels)
     def __getitem__(self, i): return self.read(int(i)), self.y[i]
     def batch(self, idxs): return torch.stack([self.read(i) for i in idxs.tolist()]), self.y[idxs]
@@ -121,7 +122,7 @@ def find_unreadable(ds:ImageFiles) -> dict: # {index: reason}
 def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a number from 1 on counts them
                   ) -> ImageFiles:
     "Without the unreadable files, which `.skipped` lists. Raises `Unreadable` where there are more than `most`"
-    bad = {str(ds.source(i)): (i, why) for i, why in find_unreadable(ds).items()}
+    bad = {ds.name_of(i): (i, why) for i, why in find_unreadable(ds).items()}
     limit = int(most) if most >= 1 else math.ceil(most*len(ds))
     if not bad: return ds
     said = f'{len(bad)} of {len(ds)} files of {ds.name} {"is" if len(bad) == 1 else "are"} unreadable'
@@ -164,10 +165,11 @@ def table_files(table, # CSV file
     for c in (file, label):
         if c is not None and c not in df: raise ValueError(f'{table} has no column {c!r}; there are {", ".join(df.columns)}')
     if (root/file).is_file(): raise ValueError(f'{table} must begin with a line of headings, like file,label; it begins with {file}')
-    if df[file].isna().any(): raise ValueError(f'line {int(df[file].isna().argmax()) + 2} of {table} has no {file}')
+    if df[file].isna().any(): raise ValueError(f'line {df.index[df[file].isna()][0] + 2} of {table} has no {file}')
     paths = [root/f for f in df[file]]
     gone = [p for p in paths if not p.is_file()]
     if gone: raise ValueError(f'{len(gone)} of {len(paths)} files in column {file!r} of {table} are not there, such as {gone[0]}')
+    df[file] = df[file].map(os.path.normpath) # 0.png is ./0.png
     twice = df[df[file].duplicated(keep=False)]
     if len(twice):
         said = twice[twice[file] == twice[file].iloc[0]][:2]
@@ -180,9 +182,10 @@ def table_files(table, # CSV file
 def _table(path):
     "A CSV as text. Raises ValueError for one without lines"
     import pandas as pd
-    try: df = pd.read_csv(path, dtype=str, skipinitialspace=True)
+    try: df = pd.read_csv(path, dtype=str, skipinitialspace=True, skip_blank_lines=False, keep_default_na=False, na_values=[''])
     except FileNotFoundError: raise FileNotFoundError(f'there is no table of labels {path}') from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{path} is no CSV: {e}') from e
+    df = df.dropna(how='all') # blank lines count, for the number of a line, and are no rows
     if not len(df): raise ValueError(f'{path} has no line below its headings')
     return df
 
@@ -193,6 +196,7 @@ class HubImages(ImageFiles):
         super().__init__(rows, *args, **kwargs)
         self.ds, self.column = ds, column
     def source(self, i): return self.ds[int(self.files[i])][self.column]
+    def name_of(self, i): return f'row {self.files[i]}'
     def subset(self, idxs):
         new = super().subset(idxs)
         new.ds, new.column = self.ds, self.column

@@ -8,8 +8,8 @@ import torch
 from dataclasses import dataclass
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from .patches import from_patches, permute, positions, random_perms, to_patches
-from .plots import plt, show_image, show_patches
+from .patches import from_patches, grid_of, permute, positions, random_perms, to_patches
+from .plots import frame, plt, show_image, show_patches
 from .relations import flat_index
 
 # %% auto #0
@@ -87,10 +87,9 @@ class Jigsaw:
         show_patches(self.shuffled, self.p, self.truth.tolist(), axs[0], 'shuffled')
         for ax, k in zip(axs[1:], on_way): show_image(self.image(steps=k), ax, f'the surest {k}')
         show_patches(self.image(), self.p, (), axs[-2], f'solved: {self.score:.0%} in place')
-        h, w = self.grid
+        w = self.grid[1]
         wrong = self.places[self.places != self.truth]
-        (ph, pw) = (self.p, self.p) if isinstance(self.p, int) else self.p
-        for k in wrong.tolist(): axs[-2].add_patch(plt.Rectangle((k%w*pw, k//w*ph), pw, ph, fc='none', ec='#f58518', lw=2))
+        for k in wrong.tolist(): frame(axs[-2], k, self.p, w, lw=2)
         show_image(self.image(self.truth), axs[-1], 'as it was')
         return fig
 
@@ -104,7 +103,7 @@ def jigsaw(model, # `RelViT` that predicts positions or relations
     "Shuffle the patches of images and let a model put them together. Raises ValueError for a model that cannot"
     single, x = x.ndim == 3, x[None] if x.ndim == 3 else x
     device, p, was = next(model.parameters()).device, model.encoder.p, model.training
-    h, w = x.shape[-2]//p, x.shape[-1]//p
+    h, w = grid_of(x, p)
     perms = random_perms(len(x), h*w, torch.Generator().manual_seed(seed))
     shuffled, pos = permute(x, perms, p), positions((h, w), perms)
     model.eval()

@@ -16,7 +16,7 @@ from .runs import plot_metrics
 from .tasks import Directions, Regression, SpatialRelations, Truth
 
 # %% auto #0
-__all__ = ['Reading', 'read', 'confusion', 'show_confusion', 'WatchRelations']
+__all__ = ['Reading', 'read', 'scale_of', 'confusion', 'show_confusion', 'WatchRelations']
 
 # %% ../nbs/50_predictions.ipynb #0d2124a9
 @dataclass
@@ -67,11 +67,16 @@ def read(model, # `RelViT`
     return Reading(x.cpu(), t, truth, found, sure, probs, preds.grid, model.encoder.p)
 
 # %% ../nbs/50_predictions.ipynb #cb16793b
+def scale_of(r) -> dict: # `Reading`
+    "The colours of a task's answers, as `show_field` takes them"
+    if isinstance(r.task, SpatialRelations): return dict(classes=True)
+    if isinstance(r.task, Directions): return dict(cmap='twilight', lo=-np.pi, hi=np.pi)
+    return dict(cmap='cividis', lo=-1, hi=1) if r.probs is None else dict(cmap='viridis', lo=0, hi=len(r.probs) - 1)
+
 def _matrix(r, m, ax, title, legend=False):
     "A matrix of the task's own kind"
-    if isinstance(r.task, SpatialRelations): return show_relations(m, ax, title, legend)
-    if isinstance(r.task, Directions): return show_matrix(m, ax, title, -np.pi, np.pi, 'twilight')
-    return show_matrix(m, ax, title, -1, 1, 'cividis')
+    scale = scale_of(r)
+    return show_relations(m, ax, title, legend) if 'classes' in scale else show_matrix(m, ax, title, **scale)
 
 @patch
 def show(self:Reading, size=2.7):
@@ -95,8 +100,8 @@ def show_row(self:Reading, query:int, # a patch
     n = self.truth.shape[0]
     if self.truth.ndim == 1: raise ValueError(f'{self.task.name} has no rows: it says one thing of each patch')
     if not 0 <= query < n: raise ValueError(f'patch {query} is not among {n}')
-    classes = isinstance(self.task, SpatialRelations)
-    scale = dict(classes=True) if classes else dict(cmap='twilight', lo=-np.pi, hi=np.pi) if isinstance(self.task, Directions) else dict(cmap='cividis', lo=-1, hi=1)
+    scale = scale_of(self)
+    classes = 'classes' in scale
     rows = [(f'seen from patch {query}: true', self.truth[:, query], scale), ('predicted', self.found[:, query], scale)]
     rows += [('how sure', self.sure[:, query], dict(cmap='cividis', lo=0, hi=1))] if self.sure is not None else []
     fig, axs = plt.subplots(1, len(rows) + classes, figsize=((len(rows) + .6*classes)*size, size*1.12), layout='constrained',

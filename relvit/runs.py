@@ -315,9 +315,14 @@ def figures(run):
     if fig is not None: write_whole(run.path/'figures/curves.png', lambda f: fig.savefig(f, format='png', dpi=80, bbox_inches='tight'))
     plt.close(fig)
 
+def _named(runs):
+    "Runs by the names of their folders, or by their paths where two have one name"
+    short = len({r.path.name for r in runs}) == len(runs)
+    return {r.path.name if short else str(r.path): r for r in runs}
+
 def plot_run(*runs):
     "The curves of runs, one over the other; None where no epoch is done"
-    rows = {r.path.name: r.metrics for r in runs if r.metrics}
+    rows = {name: r.metrics for name, r in _named(runs).items() if r.metrics}
     return plot_metrics(rows) if rows else None
 
 def plot_metrics(rows:dict): # name -> one dict an epoch, as in `metrics.jsonl`
@@ -349,8 +354,7 @@ def list_runs(folder='runs') -> list[Run]:
 def compare(runs, # of `list_runs`
             ) -> pd.DataFrame:
     "What differs in the configurations, and where each run came out on the held-out part"
-    short = len({r.path.name for r in runs}) == len(runs)
-    configs = {r.path.name if short else str(r.path): r.config for r in runs}
+    configs = {name: r.config for name, r in _named(runs).items()}
     keys = dict.fromkeys(k for c in configs.values() for k in c if k != 'name')
     differ = [k for k in keys if len({json.dumps(c.get(k)) for c in configs.values()}) > 1]
     rows = {}

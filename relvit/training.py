@@ -29,16 +29,17 @@ from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'Config', 'Pretrain', 'Finetune', 'Joint', 'usable',
-           'settle', 'open_config_data', 'config_recipe', 'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console',
-           'train', 'show_learnt', 'load_model']
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'Config', 'Pretrain', 'Finetune', 'Joint',
+           'config_of', 'usable', 'settle', 'open_config_data', 'config_recipe', 'make_learner', 'Plan', 'count',
+           'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
 
 LIMITS = ( # what must hold, and for what
-    ('above 0', lambda v: v > 0, 'epochs bs steps img_size p lr mega few'),
+    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few'),
+    ('2 or more', lambda v: v >= 2, 'mega'),
     ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
     ('a share above 0 and below 1', lambda v: 0 < v < 1, 'valid'),
@@ -56,7 +57,11 @@ def parse_args(pairs # like depth=4
     "Arguments from text, each value read as YAML. Raises ValueError for what is no key=value"
     bad = [a for a in pairs if '=' not in a]
     if bad: raise ValueError(f'encoder_args are written like depth=4, not {bad[0]!r}')
-    return {k: yaml.safe_load(v) for k, _, v in (a.partition('=') for a in pairs)}
+    return {k: _number(yaml.safe_load(v)) for k, _, v in (a.partition('=') for a in pairs)}
+
+def _number(v): # YAML reads 1e-3 as text
+    try: return float(v) if isinstance(v, str) else v
+    except ValueError: return v
 
 def parse_tasks(tasks # names, or name=weight
                ) -> dict: # name -> weight
@@ -113,7 +118,9 @@ class Config:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            try: check_type(v := getattr(self, f.name), hints[f.name])
+            try:
+                check_type(v := getattr(self, f.name), hints[f.name])
+                if isinstance(v, bool) and 'bool' not in str(hints[f.name]): raise TypeCheckError('') # True is no 1
             except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
         for what, holds, names in LIMITS:
             for k in names.split():
@@ -132,16 +139,13 @@ class Config:
                 if v != mode: raise ValueError(f'this is what a {v} run is made of, not a {mode} run')
                 continue
             if key not in hints:
-                near, other = difflib.get_close_matches(key, hints, 1), [n for n, kind in MODES.items() if hasattr(kind, key)]
+                near, other = difflib.get_close_matches(key, hints, 1), [n for n, kind in MODES.items() if key in {f.name for f in fields(kind)}]
                 raise ValueError(f'{cls.__name__} knows no {k!r}; ' + (f'it is of {" and ".join(other)}' if other else
                     f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(hints)}'))
-            if isinstance(v, dict): v = [f'{a}={b}' for a, b in v.items()] # as YAML would write depth: 4
+            if isinstance(v, dict): v = [f'{a}={json.dumps(b)}' for a, b in v.items()] # as YAML would write depth: 4
             if typing.get_origin(hints[key]) is tuple and isinstance(v, str): v = v.split()
             if isinstance(v, list): v = tuple(map(str, v))
-            if isinstance(v, str) and float in (hints[key], *typing.get_args(hints[key])): # YAML reads 1e-3 as text
-                try: v = float(v)
-                except ValueError: pass # which is said with the rest
-            new[key] = v
+            new[key] = _number(v) if float in (hints[key], *typing.get_args(hints[key])) else v
         return cls(**new)
 
     @classmethod
@@ -158,16 +162,16 @@ class Config:
     @classmethod
     def of(cls, values:dict):
         "From plain data, and where that names a run as `init`, with the data of that run"
-        init = values.get('init')
-        is_run = init and (Path(init)/'config.json').is_file()
-        return cls.after(**{'run': init} | {str(k).replace('-', '_'): v for k, v in values.items()}) if is_run else cls.from_dict(values)
+        init, values = values.get('init'), {str(k).replace('-', '_'): v for k, v in values.items()}
+        is_run = isinstance(init, str) and (Path(init)/'config.json').is_file() and 'run' not in values
+        return cls.after(init, **values) if is_run else cls.from_dict(values)
 
     @classmethod
     def after(cls, run, **changes): # run folder
         "Starts with the encoder of a run, on the data of that run"
-        c = Run(run).config
+        c = config_of(Run(run)).asdict()
         if not usable(c['device']): c['device'] = None
-        return cls.from_dict({k: c[k] for k in DATA if k in c} | dict(init=str(run)) | changes)
+        return cls.from_dict({k: c[k] for k in DATA} | dict(init=str(run)) | changes)
 
     def asdict(self): return dict(mode=self.mode, **asdict(self))
     @property
@@ -209,6 +213,13 @@ class Joint(Pretrain):
 
 MODES = {c.__name__.lower(): c for c in (Pretrain, Finetune, Joint)}
 
+def config_of(run:Run) -> Config:
+    "The configuration of a run. Raises ValueError for a folder that `train` did not make"
+    mode = run.config.get('mode')
+    if mode not in MODES or 'fit' not in run.data:
+        raise ValueError(f'{run.path} is not of relvit pretrain, finetune or joint: its config.json and data.json do not say what they do')
+    return MODES[mode].from_dict(run.config)
+
 # %% ../nbs/39_training.ipynb #790f7054
 ENCODER = 'vit_small_patch16_224'
 
@@ -230,13 +241,14 @@ def settle(c:Config) -> Config:
         if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
         return head + os.path.abspath(Path(tail).expanduser())
     c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k))})
+    if c.data in DATASETS and not DATASETS[c.data].drawn and c.root is None: c = c.but(root=os.getcwd())
     held = encoder_config(_weights(c.init)) if c.init else {}
     if not held: return c.but(encoder=c.encoder or ENCODER)
     if c.encoder not in (None, held['name']): raise ValueError(f'init holds a {held["name"]}, not a {c.encoder}; leave encoder out')
     ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate'
     for k, v in parse_args(c.encoder_args).items():
         if k not in ours and held.get(k, v) != v: raise ValueError(f'init holds an encoder of {k}={held[k]}, not {v}; leave it out')
-    if c.p and held.get('p') and c.p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {c.p}')
+    if c.p and isinstance(held.get('p'), int) and c.p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {c.p}')
     return c.but(encoder=held['name'], encoder_args=tuple(f'{k}={json.dumps(v)}' for k, v in held.items() if k not in ours))
 
 def open_config_data(c:Config):
@@ -290,7 +302,7 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
                               permute=c.permute, **common)
     else: learn = pretrain_learner(dls, encoder, parse_tasks(c.tasks), mega=c.mega, augment=augment, permute=c.permute,
                                    pos_embed=c.pos_embed, **common)
-    if isinstance(c, Pretrain) and learn.model.grid == (1, 1):
+    if learn.model.grid == (1, 1) and any(t.view == 'patches' for t in learn.model.tasks.values()):
         raise ValueError(f'{splits.img_size} pixels are one patch of {encoder.p}, and one patch has no relations: choose a smaller p')
     splits.p = encoder.p if isinstance(encoder.p, int) else splits.p
     return learn
@@ -354,7 +366,7 @@ def plan(c:Config) -> Plan:
     size = lambda m: sum(w.numel() for w in m.parameters())
     train = [w.numel()*w.element_size() for w in model.parameters() if w.requires_grad]
     weights = sum(w.numel()*w.element_size() for w in model.parameters())
-    seconds = times[-1] - times[-2] if len(times) > 1 else float('nan')
+    seconds = min((b - a for a, b in zip(times, times[1:])), default=float('nan')) # one of them may hold a validation
     return Plan(c, learn.dls.splits, model.grid, size(model.encoder), size(model.tasks), len(learn.dls.train), seconds,
                 weights + 3*sum(train) + kept[0]//2, model)
 
@@ -399,7 +411,7 @@ def train(c:Config=None, # what to do
     if resume:
         run = Run(resume)
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
-        c = MODES[run.config['mode']].from_dict(run.config)
+        c = config_of(run)
         learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None)
         _same_data(run, learn.dls.splits)
     else:
@@ -448,7 +460,7 @@ def load_model(run, # `Run` or its folder
     "The model of a run, ready to use; `.vocab` names its classes. Raises FileNotFoundError where it saved none yet"
     run = run if isinstance(run, Run) else Run(run)
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
-    path, c = getattr(run, weights), MODES[run.config['mode']].from_dict(run.config)
+    path, c = getattr(run, weights), config_of(run)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
     vocab, encoder = run.data['classes'], load_encoder(path)
     if isinstance(c, Finetune): tasks = [Classification(len(vocab), c.pool)]

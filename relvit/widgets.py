@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from .attention import look
 from .augment import PatchAugment
 from .features import similarity
 from .images import image_files, read_image
 from .jigsaw import jigsaw
 from .patches import mega_patches, pair, permute, positions, random_perms
-from .plots import cells, compass, plt, rendered, show_field, show_image, show_matrix, show_patches, show_relations
-from .predictions import read
+from .plots import cells, compass, frame, plt, rendered, show_field, show_image, show_matrix, show_patches, show_relations
+from .predictions import read, scale_of
 from .runs import Run, compare, list_runs, plot_run
 from .relations import spatial_relations
-from .tasks import Directions, Regression, RelViT, SpatialRelations
+from .tasks import RelViT
 from .tokens import TokenEncoder
 from .training import load_model
 
@@ -32,7 +33,7 @@ class Picture(anywidget.AnyWidget):
     "A PNG with cells: a click, or an arrow key, chooses one of them"
     png = traitlets.Bytes(b'').tag(sync=True)
     cells = traitlets.List().tag(sync=True)
-    chosen = traitlets.List([]).tag(sync=True) # [name, row, column] of the last click
+    chosen = traitlets.List([]).tag(sync=True) # [name, row, column, number] of the last click: the same cell twice is two clicks
     at = traitlets.List([]).tag(sync=True) # row, column, rows, columns: the chosen patch, where the arrow keys start, in its grid
     alt = traitlets.Unicode('').tag(sync=True)
     stale = traitlets.Bool(False).tag(sync=True) # the state has no picture; this is an older one
@@ -49,7 +50,7 @@ class Picture(anywidget.AnyWidget):
       hover.className = 'hover'; img.draggable = false; el.style.overflowX = 'auto';
       box.setAttribute('data-lm-suppress-shortcuts', 'true'); // or JupyterLab takes the arrow keys
       box.append(img, hover); el.append(box);
-      let url = null, ahead = null, late = null, last = null; // where the keys have gone while Python still draws
+      let url = null, ahead = null, late = null, last = null, clicks = 0; // where the keys have gone while Python still draws
       const dress = () => {
         const hears = model.get('cells').length > 0;
         box.className = 'relvit-picture' + (hears ? ' hears' : '') + (model.get('stale') ? ' stale' : '');
@@ -79,7 +80,7 @@ class Picture(anywidget.AnyWidget):
         hover.style.left = 100*(c.left + c.w*c.col/c.cols) + '%'; hover.style.width = 100*c.w/c.cols + '%';
         hover.style.top = 100*(c.top + (column ? 0 : c.h*c.row/c.rows)) + '%'; hover.style.height = 100*c.h/(column ? 1 : c.rows) + '%';
       };
-      const choose = (name, row, col) => { model.set('chosen', [name, row, col]); model.save_changes(); };
+      const choose = (name, row, col) => { model.set('chosen', [name, row, col, ++clicks]); model.save_changes(); };
       img.addEventListener('click', event => { const c = find(event); ahead = null; if (c) choose(c.name, c.row, c.col); box.focus(); });
       img.addEventListener('mousemove', event => { last = event; over(event); });
       img.addEventListener('mouseleave', () => { last = null; over(null); });
@@ -112,7 +113,7 @@ class Explorer(W.VBox):
         bar = W.GridBox(shown, layout=W.Layout(grid_template_columns='repeat(auto-fill, 20em)', grid_gap='0 1em'))
         super().__init__([bar, self.picture, self.note])
         for c in controls.values(): c.observe(lambda _: self.update(), 'value')
-        self.picture.observe(lambda change: change.new and self.clicked(*change.new), 'chosen')
+        self.picture.observe(lambda change: change.new and self.clicked(*change.new[:3]), 'chosen')
         self.update()
 
     @property
@@ -174,17 +175,22 @@ def as_images(source, # (b,c,H,W) or (c,H,W) tensor or array, PIL image, path, f
     if isinstance(source, (str, Path)) and Path(source).is_dir(): source = image_files(source, size[0]).files[:most]
     if isinstance(source, (list, tuple)): return torch.cat([as_images(s, size, channels) for s in source[:most]])
     if isinstance(source, (str, Path, Image.Image)):
-        side = round(min(size)*8/7)
+        side = round(max(size)*8/7)
         x = read_image(source, side, channels)[None]
         top, left = (side - size[0])//2, (side - size[1])//2
         return x[..., top:top + size[0], left:left + size[1]]
-    x = torch.as_tensor(source)
-    x = (x[None] if x.ndim == 3 else x[None, None] if x.ndim == 2 else x)[:most]
-    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3): x = x.permute(0, 3, 1, 2)
+    x = _pixels(source)[:most]
     if x.ndim != 4 or x.shape[1] != channels or tuple(x.shape[-2:]) != tuple(size):
         raise ValueError(f'this model wants images of {channels} channels and {size[0]} x {size[1]} pixels, not {tuple(x.shape)}; '
                          'a PIL image or a file would be brought to that size')
     return x
+
+def _pixels(source):
+    "(b,c,H,W) of a tensor or an array, channels first or last"
+    x = torch.as_tensor(source)
+    x = x.float() if x.is_floating_point() else x
+    x = x[None] if x.ndim == 3 else x[None, None] if x.ndim == 2 else x
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3) else x
 
 def _choice(images): return W.IntSlider(0, 0, len(images) - 1, description='image', layout=W.Layout(display='none' if len(images) < 2 else ''))
 def _hidden(n, value=0): return W.BoundedIntText(value, min=0, max=n - 1, description='patch', layout=W.Layout(width='13em'))
@@ -237,13 +243,13 @@ def draw_reading(r, # `Reading`
     pairs, sure = r.truth.ndim == 2, r.sure is not None
     fig, axs = _axes(4, size, 1 + pairs, .35)
     show_patches(r.x, r.p, None if r.grid[0]*r.grid[1] <= 64 else (), axs[0], f'patch {query}')
-    _frame(axs[0], r, query)
+    frame(axs[0], query, r.p, r.grid[1])
     if not pairs: # one answer a patch: which place is it of?
         show_field(r.probs[:, query], r.p, r.x, query, ax=axs[1], title=f'patch {query} believes', cmap='cividis', lo=0, alpha=.8)
         show_field(1 - r.wrong, r.p, r.x, query, ax=axs[2], title='in place', cmap='cividis', lo=0, hi=1, alpha=.8)
         show_field(r.sure, r.p, r.x, query, ax=axs[3], title='how sure', cmap='cividis', lo=0, hi=1, alpha=.8)
     else:
-        scale, kinds = _scale(r.task), dict(cmap='cividis', lo=0, hi=1)
+        scale, kinds = scale_of(r), dict(cmap='cividis', lo=0, hi=1)
         off = dict(cmap='Greys', lo=0, hi=1 if sure else None)
         for ax, m, title, kw in zip(axs[1:4], (r.truth, r.found, r.sure if sure else r.wrong), (f'seen from {query}: true', 'predicted',
                                     'how sure' if sure else 'off by'), (scale, scale, kinds if sure else off)):
@@ -272,16 +278,6 @@ def worth(r) -> str: # `Reading`
         words, better = f'{r.task.name}: {got:.0%} right, a guess {guess:.0%}', got > guess + luck
     return words if better else words + '. That is no better than guessing: has this model been trained on this task?'
 
-def _frame(ax, r, query):
-    (ph, pw), w = pair(r.p), r.grid[1]
-    ax.add_patch(plt.Rectangle((query%w*pw, query//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5, zorder=3))
-
-def _scale(task):
-    "The colours of a task's answers"
-    if isinstance(task, SpatialRelations): return dict(classes=True)
-    if isinstance(task, Directions): return dict(cmap='twilight', lo=-np.pi, hi=np.pi)
-    return dict(cmap='cividis', lo=-1, hi=1) if isinstance(task, Regression) else dict(cmap='viridis', lo=None, hi=None)
-
 # %% ../nbs/53_widgets.ipynb #c61ac23a
 class PatchPlayground(Explorer):
     "An image, what pretraining makes of it, and what is true then"
@@ -290,11 +286,10 @@ class PatchPlayground(Explorer):
                  p, # pixels of a side of a patch
                  size=2.3):
         self.p, self.size = p, size
-        first = as_images(images, *_like(images, p))
-        self.images = first
+        first = self.images = _whole(images, p)
         h, w = (s//q for s, q in zip(first.shape[-2:], pair(p)))
         super().__init__('An image before and after, and the relations that are true after', image=_choice(first),
-            order=W.IntSlider(0, 0, 20, description='order'), mega=W.IntSlider(min(h, w), 2, min(h, w), description='mega side'),
+            order=W.IntSlider(0, 0, 20, description='order'), mega=W.IntSlider(min(h, w), min(2, h, w), min(h, w), description='mega side'),
             colours=W.FloatSlider(0, min=0, max=1, step=.1, description='colours'), noise=W.FloatSlider(0, min=0, max=1, step=.1, description='noise'),
             draws=W.IntSlider(0, 0, 20, description='next draw'), patch=_hidden(h*w))
 
@@ -318,8 +313,8 @@ class PatchPlayground(Explorer):
         show_relations(spatial_relations(positions((h, w), perm)), axs[2], 'what is true', legend=False)
         axs[2].set(xlabel='', ylabel='', xticks=[], yticks=[])
         slot = (perm == patch).nonzero().item()
-        if y.shape == x.shape: _mark(axs[0], self.p, w, patch)
-        _mark(axs[1], self.p, w, slot)
+        if y.shape == x.shape: frame(axs[0], patch, self.p, w)
+        frame(axs[1], slot, self.p, w)
         axs[2].axvline(slot, color='#f58518', lw=1.2)
         compass(fig.add_axes([1 - .33/3.35, .5, .3/3.35, .35]), 'a patch lies')
         if y.shape == x.shape: cells(axs[0], 'patch', h, w)
@@ -331,16 +326,12 @@ class PatchPlayground(Explorer):
         place = row*self.grid()[1] + col
         self.controls['patch'].value = self.perm[place].item() if name == 'slot' else place
 
-def _like(images, p):
-    "Size and channels that images without a model have: their own, cut to whole patches"
-    if isinstance(images, (str, Path, Image.Image, list, tuple)): return tuple(q*max(round(224/q), 1) for q in pair(p)), 3
-    x = torch.as_tensor(images)
-    return tuple(x.shape[-2:]), x.shape[-3] if x.ndim > 2 else 1
-
-def _mark(ax, p, w, patch):
-    "A frame around a patch"
-    ph, pw = pair(p)
-    ax.add_patch(plt.Rectangle((patch%w*pw, patch//w*ph), pw, ph, fc='none', ec='#f58518', lw=2.5, zorder=3))
+def _whole(images, p):
+    "Images without a model: files at about 224 pixels, pixels as they are, cut to whole patches"
+    if isinstance(images, (str, Path, Image.Image, list, tuple)): return as_images(images, [q*max(round(224/q), 1) for q in pair(p)])
+    x = _pixels(images)
+    h, w = (s//q*q for s, q in zip(x.shape[-2:], pair(p)))
+    return x[..., :h, :w]
 
 # %% ../nbs/53_widgets.ipynb #57c9db0a
 class AttentionExplorer(Explorer):
@@ -391,7 +382,7 @@ class AttentionExplorer(Explorer):
         show_image(seen.x[0], axs[2], f'the upper {share:.0%}')
         axs[2].imshow(np.full((lh, lw), .5), cmap='gray', vmin=0, vmax=1, alpha=(.85*(1 - most)).numpy(), extent=(0, lw*seen.side(layer)[1], lh*seen.side(layer)[0], 0))
         for ax in axs:
-            if not cls: _mark(ax, seen.side(layer), lw, q)
+            if not cls: frame(ax, q, seen.side(layer), lw)
             cells(ax, 'patch', lh, lw)
         return fig
 
@@ -426,11 +417,11 @@ class JigsawExplorer(Explorer):
         right = (j.places == j.truth)[placed].sum().item()
         show_patches(j.image(steps=steps), j.p, (), axs[1], f'{right} of {steps} in place')
         for k in j.places[placed[(j.places != j.truth)[placed]]].tolist():
-            axs[1].add_patch(plt.Rectangle((k%w*pair(j.p)[1], k//w*pair(j.p)[0]), pair(j.p)[1], pair(j.p)[0], fc='none', ec='#a63603', lw=1.5, zorder=2.5))
+            frame(axs[1], k, j.p, w, '#a63603', 1.5)
         show_patches(j.image(j.truth), j.p, (), axs[2], 'as it was')
         slot = (j.truth == patch).nonzero().item() # the chosen patch: in the heap, where it was put, where it belongs
         for ax, place in zip(axs, (slot, j.places[slot].item() if slot in placed else None, patch)):
-            if place is not None: _mark(ax, j.p, w, place)
+            if place is not None: frame(ax, place, j.p, w)
         for ax, name in zip(axs, ('slot', 'put', 'patch')): cells(ax, name, *j.grid)
         return fig
 
@@ -449,7 +440,7 @@ class MethodComparison(Explorer):
                  size=1.75):
         if len(models) < 2: raise ValueError('a comparison needs two models or more, by name: dict(mine=..., theirs=...)')
         self.models, self.size, self.kept = {k: as_model(m) for k, m in models.items()}, size, {}
-        self.images = {k: as_images(images, wanted(m), getattr(m, 'encoder', m).in_chans) for k, m in self.models.items()}
+        self.images = {k: as_images(images, e.img_size, e.in_chans) for k, m in self.models.items() for e in [getattr(m, 'encoder', m)]}
         h, w = self._grids()[0]
         super().__init__('The same place in the eyes of several encoders', image=_choice(next(iter(self.images.values()))),
                          patch=_hidden(h*w, h//2*w + w//2))
@@ -466,6 +457,8 @@ class MethodComparison(Explorer):
             e, relations = getattr(m, 'encoder', m), isinstance(m, RelViT) and 'relations' in m.tasks
             sees = False if relations else None # as relations are learnt
             seen = look(e, x, sees)
+            if relations and tuple(x.shape[-2:]) != wanted(m): # of mega-patches there are fewer
+                x = interpolate((x/255 if x.dtype == torch.uint8 else x)[None], wanted(m), mode='bilinear', antialias=True)[0]
             self.kept[name, image] = seen.tokens, seen, read(m, x) if relations else None
         return self.kept[name, image]
 
@@ -485,10 +478,13 @@ class MethodComparison(Explorer):
                        title='it attends to' if not r else None, alpha=.85, lo=0)
             if any_relations:
                 if reading is None: row[3].axis('off')
-                else: show_field(reading.found[:, q], e.p, self.images[name][image], q, classes=True, ax=row[3], alpha=.75,
-                                 title='believes' if not r else None)
-            for ax in (row[0], row[2]): _mark(ax, e.p, mw, q)
-            for ax in row: cells(ax, f'{mh}x{mw}' if r else 'patch', mh, mw)
+                else:
+                    rh, rw = reading.grid
+                    k = q//mw*rh//mh*rw + q%mw*rw//mw
+                    show_field(reading.found[:, k], reading.p, reading.x, k, classes=True, ax=row[3], alpha=.75, title='believes' if not r else None)
+            for ax in (row[0], row[2]): frame(ax, q, e.p, mw)
+            for ax in row[:3]: cells(ax, f'{mh}x{mw}' if r else 'patch', mh, mw)
+            if reading is not None: cells(row[3], '{}x{}'.format(*reading.grid), *reading.grid)
         if any_relations: compass(fig.add_axes([1 - .33/4.35, .5, .3/4.35, .6/len(self.models)]), 'a patch lies')
         return fig
 
@@ -509,9 +505,9 @@ class RunExplorer(Explorer):
     def found(self): return tuple(str(r.path.relative_to(self.folder)) for r in list_runs(self.folder))
     def refresh(self):
         chosen = self.controls['runs'].value
-        self.controls['runs'].options = names = self.found()
-        self.controls['runs'].value = [n for n in chosen if n in names]
-        self.update()
+        with self.hold():
+            self.controls['runs'].options = names = self.found()
+            self.controls['runs'].value = [n for n in chosen if n in names]
 
     def draw(self, runs):
         chosen = [Run(self.folder/n) for n in runs]

@@ -106,6 +106,7 @@ def test_a_signal_saves_and_says_how_to_go_on(home):
     _, err = p.communicate(timeout=120)
     assert p.returncode == 130 and 'Go on with: relvit joint --resume runs/cut' in err
     assert call('joint', '--resume', 'runs/cut', '--epochs', 3, cwd=home, code=2).stderr.strip().endswith('it takes no --epochs')
+    assert call('joint', '--resume', 'runs/cut', '--dry-run', cwd=home, code=2).stderr.strip().endswith('it takes no --dry-run')
 
 
 WRONG = { # what is typed: what is said
@@ -127,7 +128,10 @@ WRONG = { # what is typed: what is said
     'pretrain --encoder-args dpth=1': "'dpth'",
     'pretrain --p 5': 'patches of 5 pixels do not cut 16',
     'pretrain --p 16': 'one patch has no relations',
-    'pretrain --mega 0': 'mega must be above 0',
+    'pretrain --mega 1': 'mega must be 2 or more',
+    'pretrain --labels some.csv': 'labels is for folders of images',
+    'pretrain --data pictures --splits reference': 'the reference knows no splits',
+    'finetune --init foreign': 'is not of relvit pretrain, finetune or joint',
     'pretrain --drop-path 1.5': 'drop_path must be a share',
     'pretrain --most-unreadable -1': 'most_unreadable must be 0 or more',
     'pretrain --device foo': "there is no device 'foo' here",
@@ -163,7 +167,8 @@ def test_what_is_wrong_is_named(tmp_path, capfd, monkeypatch):
     (tmp_path/'broken.yaml').write_text('data: [')
     (tmp_path/'other.yaml').write_text('mode: finetune')
     (tmp_path/'pre.yaml').write_text('mega: 3')
-    (tmp_path/'pictures').mkdir()
+    for name in ('pictures', 'foreign'): (tmp_path/name).mkdir()
+    (tmp_path/'foreign/config.json').write_text('{}')
     save(TokenEncoder('vit_tiny_patch16_224', img_size=16, p=4, depth=1, embed_dim=24, num_heads=2), tmp_path/'held.safetensors')
     monkeypatch.chdir(tmp_path)
     for line, said in WRONG.items():

@@ -69,6 +69,34 @@ def test_a_click_frames_the_patch_under_it(kind):
     assert orange.mean() > .02 and not orange[len(orange)//3:-len(orange)//3, len(orange[0])//3:-len(orange[0])//3].any()
 
 
+def test_the_same_cell_can_be_clicked_again():
+    widget = RelationExplorer(model('relations'), images())
+    widget.picture.chosen = ['patch', 0, 1, 1]
+    widget.controls['patch'].value = 7
+    widget.picture.chosen = ['patch', 0, 1, 2]
+    assert widget.state['patch'] == 1
+
+
+@pytest.mark.parametrize('size, p', [((32, 48), 8), ((32, 32), (8, 4)), ((24, 32), (8, 4))])
+def test_grids_that_are_not_square(size, p):
+    torch.manual_seed(0)
+    e = TokenEncoder('vit_tiny_patch16_224', img_size=size, p=p, embed_dim=24, depth=2, num_heads=2, in_chans=1)
+    m, x = RelViT(e, ('relations', 'positions')), torch.rand(2, 1, *size)
+    for widget in (RelationExplorer(m, x), AttentionExplorer(m, x), JigsawExplorer(m, x), MethodComparison(dict(a=m, b=e), x), PatchPlayground(x, p)):
+        h, w = widget.grid()
+        widget.picture.chosen = ['patch', h - 1, w - 2]
+        assert widget.state['patch'] == h*w - 2 and not widget.picture.stale, (widget, widget.note.value)
+    picture = Image.fromarray(np.zeros((50, 70), np.uint8))
+    assert as_images(picture, size, 1).shape == (1, 1, *size)
+
+
+def test_a_model_of_mega_patches_is_compared_like_any_other():
+    mega = RelViT(encoder(), ['relations'], grid=(3, 3))
+    widget = MethodComparison(dict(mega=mega, other=encoder()), images())
+    widget.picture.chosen = ['3x3', 2, 2]
+    assert widget.state['patch'] == 15 and not widget.picture.stale, widget.note.value
+
+
 def test_cells_lie_where_the_picture_shows_them():
     fig, ax = plt.subplots(figsize=(3, 2))
     ax.imshow(np.eye(4), cmap='gray')
