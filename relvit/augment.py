@@ -12,7 +12,7 @@ from .patches import _rand, grid_of, pair, resample, resample_matrix
 
 # %% auto #0
 __all__ = ['crop_patches', 'stretch', 'colour_matrix', 'mean_grey', 'recolour', 'PatchAugment', 'parse_augment', 'random_flip',
-           'random_shift', 'random_resized_crop']
+           'random_shift', 'random_resized_crop', 'ImageAugment']
 
 # %% ../nbs/31_augment.ipynb #d495b950
 def _window(x, sizes, tops, lefts):
@@ -91,9 +91,10 @@ class PatchAugment:
     hue:float = .1 # largest shift, as a share of the whole turn
     grey:float = .2 # probability of greyscale
     noise:float = 0. # probability that noise replaces the patch
+    stats:tuple|None = None # (mean, std) of the channels: change colours after normalisation, as released; most of it is lost
 
     def __post_init__(self):
-        for f in fields(self)[1:]:
+        for f in fields(self)[1:-1]:
             v = getattr(self, f.name)
             if v is not None and not 0 <= v <= 1: raise ValueError(f'{f.name} lies between 0 and 1, not {v}')
 
@@ -114,7 +115,8 @@ class PatchAugment:
 
     def __repr__(self):
         show = lambda v: f'{v:.3g}' if isinstance(v, float) else str(v)
-        return f"PatchAugment({', '.join(f'{f.name}={show(getattr(self, f.name))}' for f in fields(self))})"
+        said = [f for f in fields(self) if f.name != 'stats' or self.stats]
+        return f"PatchAugment({', '.join(f'{f.name}={show(getattr(self, f.name))}' for f in said)})"
 
 # %% ../nbs/31_augment.ipynb #5190abe5
 @patch
@@ -125,8 +127,11 @@ def colours(self:PatchAugment, patches, generator=None):
     changed = u[0] < self.jitter
     spans = self.brightness, self.contrast, self.saturation
     b, c, s = (torch.where(changed, 1 + v*(2*r - 1), 1.) for v, r in zip(spans, u[1:4]))
-    hue = torch.where(changed, self.hue*(2*u[4] - 1), 0.)
-    return recolour(patches, b, c, torch.where(u[5] < self.grey, 0., s), hue)
+    hue, s = torch.where(changed, self.hue*(2*u[4] - 1), 0.), torch.where(u[5] < self.grey, 0., s)
+    if not self.stats: return recolour(patches, b, c, s, hue)
+    mean, std = (torch.tensor(v, device=patches.device).reshape(-1, 1, 1) for v in self.stats)
+    cut = lambda v: torch.where(changed[..., None, None, None], v.clamp(0, 1), v)
+    return cut(recolour(cut((patches - mean)/std), b, c, s, hue))*std + mean
 
 @patch
 def replace(self:PatchAugment, patches, generator=None):
@@ -136,9 +141,10 @@ def replace(self:PatchAugment, patches, generator=None):
     noise = torch.randn(patches.shape, generator=generator, device=device).to(patches.device)
     return torch.where(chosen, .5 + .25*noise, patches)
 
-# %% ../nbs/31_augment.ipynb #19896527
+# %% ../nbs/31_augment.ipynb #ce616e6b
 def parse_augment(text:str, # like 'colJitter:0.8-grayScale:0.2-randomNoise:0.2', or 'none'
-                  p # side of a patch in pixels
+                  p, # side of a patch in pixels
+                  **kwargs # more for `PatchAugment`
                  ) -> PatchAugment|None:
     "The released code's notation, with its probabilities meant. Raises ValueError for an unknown step"
     known = dict(colJitter='jitter', grayScale='grey', randomNoise='noise')
@@ -148,9 +154,9 @@ def parse_augment(text:str, # like 'colJitter:0.8-grayScale:0.2-randomNoise:0.2'
         name, _, prob = step.partition(':')
         if name not in known: raise ValueError(f'{name!r} is no augmentation of patches; there are {", ".join(known)}')
         probs[known[name]] = float(prob or 1)
-    return PatchAugment(p, **probs)
+    return PatchAugment(p, **probs, **kwargs)
 
-# %% ../nbs/31_augment.ipynb #4f791958
+# %% ../nbs/31_augment.ipynb #47dd8a7c
 def random_flip(x:Tensor, # (b,c,H,W)
                 prob=.5, generator:torch.Generator=None) -> Tensor:
     "Mirror each image with a probability. Only for classes that survive it"
@@ -177,3 +183,25 @@ def random_resized_crop(x:Tensor, # (b,c,H,W)
     top, left = (u[2]*(H - h + 1)).floor(), (u[3]*(W - w + 1)).floor()
     out = pair(size or (H, W))
     return resample(x, resample_matrix(top, h, out[0], H), resample_matrix(left, w, out[1], W))
+
+# %% ../nbs/31_augment.ipynb #bafadb8b
+@dataclass
+class ImageAugment:
+    "RandAugment or AutoAugment, and random erasing: (b,c,H,W) uint8 or [0,1] to float in [0,1]"
+    policy:str = 'randaugment' # or 'autoaugment' (found on CIFAR-10), or 'none'
+    magnitude:int = 9 # of RandAugment, 0 to 30
+    erase:float = .25 # probability that a part is erased
+    each:int = 4 # images that share a draw
+    fill:tuple = (.5,) # of each channel in [0,1]: what comes in from outside, or is erased
+
+    def __call__(self, x:Tensor) -> Tensor: # draws from torch's own generator
+        x, f = x if x.dtype == torch.uint8 else (x*255).round().to(torch.uint8), self.transform(x.shape[1])
+        return torch.cat([f(part) for part in x.split(self.each)]).float().div_(255)
+
+    def transform(self, channels):
+        from torchvision.transforms import v2
+        fill = [round(255*v) for v in self.fill]*(channels if len(self.fill) == 1 else 1)
+        known = dict(none=lambda: [], randaugment=lambda: [v2.RandAugment(2, self.magnitude, fill=fill)],
+                     autoaugment=lambda: [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=fill)])
+        if self.policy not in known: raise ValueError(f'policy is {", ".join(map(repr, known))}, not {self.policy!r}')
+        return v2.Compose([*known[self.policy](), v2.RandomErasing(self.erase, value=fill)])

@@ -6,16 +6,20 @@
 from __future__ import annotations
 import warnings, torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
 from fastcore.basics import store_attr
-from .augment import PatchAugment
+from .augment import ImageAugment, PatchAugment
 from .patches import grid_of, mega_patches, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
 from .relations import spatial_relations
+from .tasks import bare
+from timm.utils import ModelEmaV3
+from torch import nn
 
 # %% auto #0
-__all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'TaskMetric', 'task_metrics',
-           'AutoCast', 'LeakWarning']
+__all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'ImageCallback', 'AugmentImages',
+           'MixImages', 'AverageWeights', 'Accumulate', 'TaskMetric', 'task_metrics', 'AutoCast', 'LeakWarning']
 
 # %% ../nbs/33_callbacks.ipynb #ca62e9f8
 class PatchCallback(Callback):
@@ -31,14 +35,14 @@ class PatchCallback(Callback):
         self.generator = torch.Generator(device).manual_seed(self.seed)
 
     @property
-    def p(self): return self.learn.model.encoder.p
+    def p(self): return bare(self.learn.model).encoder.p
 
     def before_batch(self):
         x, patches, pos = (*self.learn.xb, None, None)[:3]
         before = x if patches is None else patches
         after = self.change(before)
         self.last = before[:1].detach().clone(), after[:1].detach().clone()
-        keep = any(t.view == 'image' for t in self.learn.model.tasks.values())
+        keep = any(t.view == 'image' for t in bare(self.learn.model).tasks.values())
         self.learn.xb = (x, after, pos) if keep else (after, None, pos)
 
     def change(self, x): raise NotImplementedError
@@ -92,36 +96,107 @@ class PermutePatches(PatchCallback):
 # %% ../nbs/33_callbacks.ipynb #ae69c20e
 class PatchRelations(Callback):
     """Hands the original positions of the patches to the model. Reads `learn.model.encoder.p`, `learn.xb` and
-    `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions)"""
+    `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions, sample or None)"""
     order = 8
+    def __init__(self, most=1024): # tokens that pair tasks are asked about; of a larger grid, that many at random
+        self.most = most
+
     def before_batch(self):
         x, patches, _ = (*self.learn.xb, None, None)[:3]
         view, perms = x if patches is None else patches, self.learn.__dict__.pop('perms', None)
-        grid = grid_of(view, self.learn.model.encoder.p)
+        grid = grid_of(view, bare(self.learn.model).encoder.p)
         pos = positions(grid, perms, view.device)
-        self.learn.xb = x, patches, pos if perms is not None else pos.expand(len(x), -1, -1)
+        self.learn.xb = x, patches, pos if perms is not None else pos.expand(len(x), -1, -1), self.sample(grid[0]*grid[1], x.device)
         self.last = view[:1].detach().clone(), pos[:1].detach() if perms is not None else pos
+
+    def sample(self, n, device):
+        "(most,) ids out of n, in order, or None for all; the same ones in every validation"
+        if n <= self.most: return None
+        fixed = None if self.learn.training else torch.Generator(device).manual_seed(0)
+        return torch.randperm(n, generator=fixed, device=device)[:self.most].sort().values
 
     def show(self, size=3):
         "Draw the first image of the last batch and its true relations"
         if getattr(self, 'last', None) is None:
             raise RuntimeError('patch_relations has seen no batch yet: train or validate first')
-        (x, pos), w = self.last, grid_of(self.last[0], self.learn.model.encoder.p)[1]
+        (x, pos), w = self.last, grid_of(self.last[0], bare(self.learn.model).encoder.p)[1]
         pos = pos.reshape(-1, 2)
         fig, axs = plt.subplots(1, 2, figsize=(2.2*size, size))
-        show_patches(x[0], self.learn.model.encoder.p, (pos[:, 1]*w + pos[:, 0]).tolist(), axs[0], 'what the model sees')
+        show_patches(x[0], bare(self.learn.model).encoder.p, (pos[:, 1]*w + pos[:, 0]).tolist(), axs[0], 'what the model sees')
         show_relations(spatial_relations(pos), axs[1], 'what is true')
         return fig
 
-# %% ../nbs/33_callbacks.ipynb #cd163c32
+# %% ../nbs/33_callbacks.ipynb #92df5b8c
+class ImageCallback(Callback):
+    "Changes what the classifier sees. Reads `learn.model.tasks`; reads and sets `learn.xb`, and `learn.yb` where images are mixed"
+    run_valid = False
+    def before_batch(self):
+        x, patches, *rest = (*self.learn.xb, None)[:max(len(self.learn.xb), 2)]
+        related = any(t.view == 'patches' for t in bare(self.learn.model).tasks.values())
+        changed, self.learn.yb = self.change(x, self.learn.yb)
+        self.learn.xb = changed, x if patches is None and related else patches, *rest
+    def change(self, x, yb): raise NotImplementedError
+
+class AugmentImages(ImageCallback):
+    "RandAugment or the like, and random erasing. See `ImageCallback`"
+    order = 8.2
+    def __init__(self, augment=None): self.augment = augment or ImageAugment() # a function of a batch
+    def change(self, x, yb): return self.augment(x), yb
+    def __repr__(self): return f'AugmentImages({self.augment!r})'
+
+class MixImages(ImageCallback):
+    "MixUp and CutMix, one of them a batch; labels become shares of classes. See `ImageCallback`"
+    order = 8.4
+    def __init__(self, mixup=.8, cutmix=1.): # alphas of their Beta distributions; 0 for none
+        from torchvision.transforms import v2
+        self.mixup, self.cutmix = mixup, cutmix
+        self.ways = [f(alpha=a) for f, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
+        if not self.ways: raise ValueError('with mixup=0 and cutmix=0 there is nothing to mix')
+
+    def change(self, x, yb):
+        y = yb[0].as_subclass(torch.Tensor).long()
+        shares = nn.functional.one_hot(y.clamp(min=0), bare(self.learn.model).tasks['labels'].classes)*(y >= 0)[:, None]
+        x = x.as_subclass(torch.Tensor)
+        x = x.float()/255 if x.dtype == torch.uint8 else x
+        x, shares = self.ways[int(torch.randint(len(self.ways), ()))](x, shares.float())
+        return x, (shares,)
+    def __repr__(self): return f'MixImages(mixup={self.mixup}, cutmix={self.cutmix})'
+
+# %% ../nbs/33_callbacks.ipynb #ac523b73
+class AverageWeights(Callback):
+    "An exponential mean of all weights, in `learn.model.ema`. Reads and sets `learn.model`; reads `learn.train_iter`"
+    order = 65
+    def __init__(self, decay=.9998): self.decay = decay # of a long run; short ones forget faster (timm's warm-up)
+
+    def before_fit(self):
+        model = bare(self.learn.model)
+        if model.ema is not None: return
+        model.scores = {}
+        model.ema = ModelEmaV3(model, decay=self.decay, use_warmup=True).requires_grad_(False)
+
+    def after_step(self):
+        model = bare(self.learn.model)
+        model.ema.update(model, self.learn.train_iter + 1)
+    def __repr__(self): return f'AverageWeights({self.decay})'
+
+# %% ../nbs/33_callbacks.ipynb #d0a7d63b
+class Accumulate(GradientAccumulation):
+    "An optimiser step for every so many batches, of which fastai counts the images. Reads `learn.dls`; sets `learn.loss_grad`"
+    run_valid = False
+    def __init__(self, batches): self.batches = batches
+    def before_fit(self): self.n_acc, self.count = self.batches*self.learn.dls.train.bs, 0
+    def before_train(self): self.count = 0
+    def after_train(self): self.learn.opt.zero_grad()
+    def __repr__(self): return f'Accumulate({self.batches})'
+
+# %% ../nbs/33_callbacks.ipynb #458821a3
 class TaskMetric(Metric):
     "The mean over an epoch of one entry of `learn.model.scores`. Reads `learn.model`, `learn.xb`"
     def __init__(self, key): store_attr()
     def reset(self): self.total, self.count = 0., 0
     def accumulate(self, learn):
-        if self.key not in learn.model.scores: return
-        n = len(learn.xb[0])
-        self.total, self.count = self.total + learn.model.scores[self.key]*n, self.count + n
+        scores, n = bare(learn.model).scores, len(learn.xb[0])
+        if self.key in scores: self.total, self.count = self.total + scores[self.key]*n, self.count + n
     @property
     def value(self): return self.total/self.count if self.count else None
     @property
@@ -132,7 +207,7 @@ def task_metrics(model # `RelViT`
     "Loss and shown metrics of every task"
     return [TaskMetric(f'{n}_{k}') for n, t in model.tasks.items() for k in ('loss', *t.shown)]
 
-# %% ../nbs/33_callbacks.ipynb #cea32e05
+# %% ../nbs/33_callbacks.ipynb #caaec179
 class AutoCast(Callback):
     "Forward pass and loss in `dtype` where torch finds it safe, on CPU and GPU. Reads `learn.model`"
     order = 9
@@ -146,14 +221,15 @@ class AutoCast(Callback):
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
 
-# %% ../nbs/33_callbacks.ipynb #ac523b73
+# %% ../nbs/33_callbacks.ipynb #dd23fff5
 class LeakWarning(Callback):
     "Warns once if the relation tasks can read their answers off the positions. Reads `learn.model` and `learn.cbs`"
     def before_fit(self):
-        leaking = [n for n, (view, seen) in self.learn.model.passes().items() if view == 'patches' and seen]
+        model = bare(self.learn.model)
+        leaking = [n for n, (view, seen) in model.passes().items() if view == 'patches' and seen]
         shuffled = any(isinstance(cb, PermutePatches) for cb in self.learn.cbs)
         if leaking and not shuffled and not getattr(self, 'said', False):
-            self.said, choice = True, ', or give the model pos_embed=False' if self.learn.model.encoder.is_vit else ''
+            self.said, choice = True, ', or give the model pos_embed=False' if model.encoder.is_vit else ''
             cure = 'add PermutePatches()' + choice
             warnings.warn(f'{" and ".join(leaking)} can be solved by position alone: this encoder knows where its tokens '
                           f'lie and nothing shuffles them. {cure} (permute=True of the learners).', stacklevel=2)

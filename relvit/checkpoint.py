@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from . import __version__
-from .tasks import RelViT
+from .tasks import RelViT, bare
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['write_whole', 'save', 'read_meta', 'Report', 'load', 'encoder_config', 'load_encoder', 'Export', 'export_timm']
+__all__ = ['MEAN', 'write_whole', 'save', 'read_meta', 'Report', 'load', 'encoder_config', 'load_encoder', 'Export',
+           'export_timm']
 
 # %% ../nbs/34_checkpoint.ipynb #3bc6b65f
 def write_whole(path, # where the file shall be
@@ -39,12 +40,14 @@ def write_whole(path, # where the file shall be
 # %% ../nbs/34_checkpoint.ipynb #46c2b872
 def _model(obj):
     "The module of a Learner, or the module itself"
-    model = obj if isinstance(obj, nn.Module) else getattr(obj, 'model', None)
+    model = bare(obj if isinstance(obj, nn.Module) else getattr(obj, 'model', None))
     if not isinstance(model, (RelViT, TokenEncoder)):
         raise TypeError(f'a Learner over RelViT, a RelViT or a TokenEncoder, not {type(obj).__name__}')
     return model
 
 def _encoder(obj): return getattr(_model(obj), 'encoder', _model(obj))
+
+MEAN = 'ema.module.' # the names of averaged weights begin so
 
 def _write(tensors, meta, path):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -102,9 +105,13 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
     path, model, meta = Path(path), _model(into), read_meta(path)
     mine, report, new = model.state_dict(), Report(path), {}
     with safe_open(path, 'pt') as f:
-        rename = _named_as(model, list(f.keys()))
-        for name in f.keys():
-            to, w = rename(name), f.get_tensor(name)
+        names = list(f.keys())
+        if any(n.startswith(MEAN) for n in names) and not any(n.startswith(MEAN) for n in mine): # averaged weights are those that count
+            names, where = [n.removeprefix(MEAN) for n in names if n.startswith(MEAN)], MEAN
+        else: where = ''
+        rename = _named_as(model, names)
+        for name in names:
+            to, w = rename(name), f.get_tensor(where + name)
             if to not in mine: report.left_out[name] = 'no place for it'
             elif w.shape == mine[to].shape: new[to] = w
             elif to.endswith('model.pos_embed') and (r := _resized(model, w, meta)) is not None:
@@ -183,8 +190,10 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
                 path # file, .safetensors
                ) -> Export:
     "Write what `timm.create_model(..., checkpoint_path=path)` loads. Raises ValueError for a model without a name"
-    model, enc = _model(obj), _encoder(obj)
-    ours = ('pos_embed', 'pos_std', 'cls', 'p', 'img_size', 'drop_path_rate')
+    model = _model(obj)
+    model = getattr(model, 'averaged', model)
+    enc = _encoder(model)
+    ours = ('pos_embed', 'pos_std', 'cls', 'p', 'img_size', 'drop_path_rate', 'attn_mask')
     cfg = {k: v for k, v in enc.config.items() if k not in ours}
     name = cfg.pop('name') or (getattr(enc.model, 'default_cfg', None) or {}).get('architecture')
     if not name: raise ValueError('timm does not know this model by a name: build the encoder from one')

@@ -118,25 +118,68 @@ def _export(run:Positional[Path], out:Positional[Path], weights:Literal['last', 
     if out.suffix != '.safetensors': raise ValueError(f'{out} must end in .safetensors')
     print(repr(export_timm(load_model(_run(run), weights), out)))
 
-def _runs(what:Positional[Literal['list', 'compare']]='list', names:Positional[tuple[Path, ...]]=(), folder:Path=Path('runs')):
-    """The runs of a folder, or a table of what differs between some and where they came out.
+def _runs(what:Positional[Literal['list', 'compare', 'plot']]='list', names:Positional[tuple[Path, ...]]=(), folder:Path=Path('runs'),
+          out:Path=Path('runs.png')):
+    """The runs of a folder, a table of what differs between some and where they came out, or a figure of their curves.
 
     Args:
-        what: list or compare
+        what: list, compare or plot
         names: run folders to compare; all of the folder if none is given
         folder: where they lie
+        out: file of the figure
     """
-    from relvit.runs import compare, list_runs
+    from relvit.runs import compare, list_runs, plot_run
     found = [_run(n) for n in names] or list_runs(folder)
     if not found: raise FileNotFoundError(f'there is no run in {folder}')
     if what == 'compare':
         table = compare(found)
         tall = table.T if len(table) < 5 else table
         return print(tall.to_string(na_rep='') if sys.stdout.isatty() else table.to_json(orient='index'))
+    if what == 'plot':
+        from relvit.checkpoint import write_whole
+        if (fig := plot_run(*found)) is None: raise ValueError(f'no epoch of these runs is done: {", ".join(str(r.path) for r in found)}')
+        return print(write_whole(out, lambda f: fig.savefig(f, format=out.suffix.lstrip('.') or 'png', dpi=120, bbox_inches='tight')))
     for r in found: print(r if sys.stdout.isatty() else json.dumps(dict(path=str(r.path), status=r.status, **(r.metrics or [{}])[-1])))
 
 # %% ../nbs/69_cli.ipynb #db729498
-EXTRAS = dict(datasets="Hugging Face data sets (data 'hf:...')", webdataset='shards of images', jupyterlab='notebooks', anywidget='widgets')
+def _recipes(name:Positional[str|None]=None):
+    """The recipes side by side, or all numbers of one.
+
+    Args:
+        name: of one
+    """
+    from relvit.recipes import RECIPES, get_recipe, recipe_table
+    if name: return _show('\n'.join(f'{k:<12}{v}' for k, v in get_recipe(name).asdict().items()), get_recipe(name).asdict())
+    said = '\n'.join(f'{r.name:<12}{r.says}' for r in RECIPES.values())
+    _show(f'{said}\n\nWhere they differ:\n{recipe_table().to_string()}', {n: r.asdict() for n, r in RECIPES.items()})
+
+def _reproduce(argv):
+    "A row of a paper's table by one method with one seed"
+    from relvit.reproduce import METHODS, TABLE1, Reproduction, reproduce
+    tables, rest = [a for a in argv[:1] if not a.startswith('-')], argv
+    if tables:
+        if tables != ['table1']: raise ValueError(f'no table is called {tables[0]!r}; there is table1')
+        rest = argv[1:]
+    elif not argv: raise ValueError('say which table: relvit reproduce table1 --row cifar10 --method relvit')
+    wide = lambda d: '\n'.join(f'  {n:<16}{v.says}' for n, v in d.items())
+    said = f'RelViT, Table 1: train a row by one method with one seed, and report it on the test set.\n\nrows\n{wide(TABLE1)}\n\nmethods\n{wide(METHODS)}'
+    record = reproduce(tyro.cli(Reproduction, prog='relvit reproduce table1', args=rest, description=said), tell='console')
+    if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
+    _show(f"{record['row']}, {record['says']}: {100*record['accuracy']:.2f} % on {record['part']}; "
+          f"{record['seen']/record['full']:.1%} of a whole run", record)
+
+def _table(folder:Positional[Path]=Path('results/table1')):
+    """Recorded runs beside the paper's numbers, and how far each of them went.
+
+    Args:
+        folder: of the recorded figures
+    """
+    from relvit.reproduce import compare_rows
+    table = compare_rows(folder)
+    print(table.to_string(index=False) if sys.stdout.isatty() else table.to_json(orient='records'))
+
+# %% ../nbs/69_cli.ipynb #c1434a12
+EXTRAS = dict(accelerate='several devices', tensorboard='curves elsewhere', datasets="Hugging Face data sets (data 'hf:...')", webdataset='shards of images', jupyterlab='notebooks', anywidget='widgets')
 
 def _doctor():
     """What this machine has, what is missing, and how to get it."""
@@ -178,7 +221,7 @@ def _lab(argv):
     here = next((p for p in (Path('nbs'), Path(__file__).resolve().parents[1]/'nbs') if p.is_dir()), Path('.'))
     return subprocess.call([sys.executable, '-m', 'jupyter', 'lab', *argv], cwd=here)
 
-# %% ../nbs/69_cli.ipynb #c1434a12
+# %% ../nbs/69_cli.ipynb #15466321
 def _typed(f, name): return lambda argv: tyro.cli(f, prog=f'relvit {name}', args=argv)
 
 COMMANDS = dict( # name: (what it does, function of the rest of the line)
@@ -189,6 +232,9 @@ COMMANDS = dict( # name: (what it does, function of the rest of the line)
     predict=('label new images', _typed(_predict, 'predict')),
     export=('weights as a plain timm checkpoint', _typed(_export, 'export')),
     runs=('list runs, or compare them', _typed(_runs, 'runs')),
+    recipes=('list the recipes, or show one', _typed(_recipes, 'recipes')),
+    reproduce=("train a row of RelViT's Table 1", _reproduce),
+    table=("recorded runs beside the paper's numbers", _typed(_table, 'table')),
     demo=('the whole story on handwritten digits, in three minutes', _demo),
     doctor=('what this machine has, what is missing, and how to get it', _typed(_doctor, 'doctor')),
     lab=('open JupyterLab', _lab))
@@ -224,3 +270,6 @@ def main(argv:list[str]=None) -> int: # exit code
         if os.environ.get('RELVIT_DEBUG'): raise
         print(f'relvit {name}: {str(e) or type(e).__name__}', file=sys.stderr)
         return 2
+
+# %% ../nbs/69_cli.ipynb #06aa6822
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # torchrun -m relvit.cli

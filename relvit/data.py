@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import center_crop
 from .augment import random_flip, random_resized_crop, random_shift
 from .datasets import Splits, open_data
-from .images import ImageFiles, few_labels
+from .images import ImageFiles, Images, few_labels
 from .shards import Shards
 from .plots import plt, show_image
 
@@ -58,6 +58,8 @@ class ImageLoader(DataLoader):
             kwargs |= dict(shuffle=False) # they shuffle for themselves
         super().__init__(dataset, *args, **kwargs)
         self.steps, self.seed, self.augment, self.epoch, self.first, self.place = steps, seed, augment or Augment(), 0, 0, (0, 0)
+        self.held = None # pixels and labels on the device
+        self.rank, self.world = 0, 1 # which share of each batch is ours, where several processes train together
 
     def __len__(self): return self.steps or super().__len__()
     def new(self, dataset=None, cls=None, **kwargs):
@@ -90,12 +92,21 @@ class ImageLoader(DataLoader):
             yield next(batches)
             for _ in chunks: yield next(batches)
             return
-        for idxs in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(torch.tensor(idxs))
+        for idxs in chunked(samps, self.bs, self.drop_last):
+            idxs = torch.tensor(idxs)[self.rank::self.world]
+            yield tuple(t[idxs.to(t.device)] for t in self.held) if self.held else self.dataset.batch(idxs)
+
+    def hold(self, most=8.): # GB
+        "Keep pixels and labels in the device's memory, where they are in ours and fit; batches are then cut there"
+        ds = self.dataset
+        if type(ds) is Images and ds.x.nbytes < most*1e9: self.held = ds.x.to(self.device), ds.y.to(self.device)
+        return self
 
     def after_batch(self, b):
         (x, *y), (epoch, i) = b, self.place
         self.place = epoch, i + 1
-        return self.augment(x, torch.Generator(x.device).manual_seed(seed_of(self.seed, epoch, i))), *y
+        own = (self.rank,) if self.rank else () # shares of a batch are augmented by different numbers
+        return self.augment(x, torch.Generator(x.device).manual_seed(seed_of(self.seed, epoch, i, *own))), *y
 
 # %% ../nbs/32_data.ipynb #ccbe1075
 def centre(x, size):
@@ -116,7 +127,8 @@ def image_dls(train, # `Images` or `ImageFiles` to train on
               steps:int=None, # batches of a training epoch; one pass over `train` if None
               device=None, num_workers=0, fit='centre', # validation images: their middle, or the whole by 'resize'
               seed=0, # of order and augmentation
-              mean=None, std=None # of each channel in [0,1]; measured if None
+              mean=None, std=None, # of each channel in [0,1]; measured if None
+              hold:float=None # GB of the device's memory for pixels that fit; 8 of a GPU if None
              ) -> DataLoaders:
     "fastai `DataLoaders` over images, with `.test`, `.mean`, `.std`, `.vocab`, `.c` and `.img_size`"
     device, plain = device or default_device(), [partial(dict(centre=centre, resize=resize)[fit], size=size)] if size else []
@@ -125,8 +137,11 @@ def image_dls(train, # `Images` or `ImageFiles` to train on
     if isinstance(train, Shards) and mean is None: mean, std = statistics(valid)
     make = lambda ds: many if isinstance(ds, ImageFiles) else loader # pixels in memory need no worker
     first = many(train, bs=bs, shuffle=True, drop_last=isinstance(train, Shards) or len(train) >= bs, steps=steps, augment=Augment(*augment))
-    rest = [make(ds)(ds, bs=max(bs, 256), augment=Augment(*plain)) for ds in (valid, test) if ds is not None]
-    dls = DataLoaders(first, *rest, device=device)
+    h, w = (size, size) if size else train.shape[1:]
+    many_at_once = max(bs, min(256, 2**21//(h*w))) # no gradients are kept, but large images have many tokens
+    rest = [make(ds)(ds, bs=many_at_once, augment=Augment(*plain)) for ds in (valid, test) if ds is not None]
+    hold = (8. if torch.device(device).type == 'cuda' else 0.) if hold is None else hold
+    dls = DataLoaders(*(dl.hold(hold) for dl in (first, *rest)), device=device)
     dls.test = dls.loaders[2] if test is not None else None
     dls.vocab, dls.c, dls.channels = train.vocab, len(train.vocab), train.shape[0]
     dls.img_size = (size, size) if size else train.shape[1:]
@@ -158,7 +173,8 @@ def make_dls(s:Splits, # of `open_data`
              seed=0, # of the labelled images, the order, the augmentation
              scale=(.08, 1.), # share of an image's area that a training crop covers, where it is cropped
              extra=(), # further functions of a training batch
-             num_workers=0, device=None) -> DataLoaders:
+             num_workers=0, device=None, hold:float=None # see `image_dls`
+            ) -> DataLoaders:
     "DataLoaders with the augmentation that keeps this data's labels. Raises ValueError where no label is known but needed"
     train = s.train
     if isinstance(train, Shards):
@@ -169,11 +185,11 @@ def make_dls(s:Splits, # of `open_data`
         if train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])
     move = partial(random_shift, pad=s.pad) if s.crop == 'shift' else partial(random_resized_crop, size=s.img_size, scale=scale)
     augment = [move]*(s.crop != 'shift' or s.pad > 0) + [random_flip]*s.flip + list(extra)
-    dls = image_dls(train, s.valid, s.test, bs, augment, s.img_size, steps, device, num_workers, s.fit, seed, s.mean, s.std)
+    dls = image_dls(train, s.valid, s.test, bs, augment, s.img_size, steps, device, num_workers, s.fit, seed, s.mean, s.std, hold)
     dls.splits = s
     return dls
 
-# %% ../nbs/32_data.ipynb #32d6398b
+# %% ../nbs/32_data.ipynb #eb1202ec
 def digits_dls(size=16, # pixels of a side
                bs=64, labels:int=None, # labelled images of each class to train on; all of them if None
                valid=.2, # share of the training set to choose on
@@ -185,14 +201,14 @@ def digits_dls(size=16, # pixels of a side
     s.pad = shift
     return make_dls(s, bs, labels, steps=steps, seed=seed, device=device, num_workers=num_workers)
 
-# %% ../nbs/32_data.ipynb #293a7e11
+# %% ../nbs/32_data.ipynb #75c739fa
 def cifar10_dls(root, # folder that holds `cifar-10-batches-py`
                 bs=256, labels:int=None, # labelled images of each class to train on; all if None
                 valid=.1, seed=0, steps:int=None, device=None) -> DataLoaders:
     "CIFAR-10 with the paper's augmentation"
     return make_dls(open_data('cifar10', root, valid=valid, seed=seed), bs, labels, steps=steps, seed=seed, device=device)
 
-# %% ../nbs/32_data.ipynb #feff83e2
+# %% ../nbs/32_data.ipynb #bd5be559
 def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folder says it
                seed=0, labels:int=None, # labelled images of each class to train on; all if None
                flip=True, # False where a mirrored image is another class

@@ -14,11 +14,12 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .callbacks import (AugmentPatches, AutoCast, LeakWarning, MegaPatches, PatchRelations, PermutePatches,
-                              task_metrics)
+from .augment import ImageAugment, PatchAugment, parse_augment
+from .callbacks import (Accumulate, AugmentImages, AugmentPatches, AutoCast, AverageWeights, LeakWarning, MegaPatches,
+                              MixImages, PatchRelations, PermutePatches, task_metrics)
 from .patches import pair
 from .recipes import get_recipe
-from .tasks import Classification, RelViT, make_tasks
+from .tasks import Classification, RelViT, bare, make_tasks
 from .tokens import TokenEncoder
 
 # %% auto #0
@@ -43,12 +44,17 @@ class AdamW(torch.optim.AdamW):
         finally:
             for g, wd in zip(self.param_groups, rates): g['weight_decay'] = wd
 
-# %% ../nbs/35_learner.ipynb #96d7083f
-def split_parameters(model) -> list: # two groups: `learn.freeze()` leaves the second to train
+# %% ../nbs/35_learner.ipynb #71964efe
+def split_parameters(model, layers=False # a group a layer, from the pixels up
+                    ) -> list: # the last group is that of the heads, which `learn.freeze()` leaves to train
     "Parameters of the encoder and of the heads"
-    return L(list(model.encoder.parameters()), list(model.tasks.parameters()))
+    model = bare(model)
+    if not layers: return L(list(model.encoder.parameters()), list(model.tasks.parameters()))
+    depth, groups = model.encoder.layers(), {}
+    for n, w in model.encoder.named_parameters(): groups.setdefault(depth[n], []).append(w)
+    return L(*[groups[d] for d in sorted(groups)], list(model.tasks.parameters()))
 
-# %% ../nbs/35_learner.ipynb #47b5980a
+# %% ../nbs/35_learner.ipynb #6d01b783
 def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
                  dls, # for channels, image size, mean and std, where it says them
                  recipe, **kwargs # for `TokenEncoder`
@@ -64,35 +70,51 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
         if recipe.drop_path: kwargs.setdefault('drop_path_rate', recipe.drop_path)
     return TokenEncoder(encoder, mean=getattr(dls, 'mean', None), std=getattr(dls, 'std', None), **kwargs)
 
-# %% ../nbs/35_learner.ipynb #4948b583
-def _opt_func(recipe): return partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all))
+# %% ../nbs/35_learner.ipynb #86141d53
+def _optimised(recipe):
+    "Optimiser and groups of parameters, as a Learner takes them"
+    return dict(opt_func=partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all)),
+                splitter=partial(split_parameters, layers=recipe.layer_decay < 1))
+
+def _label_callbacks(recipe, dls):
+    "What the recipe does to the images that a classifier sees"
+    augment = ImageAugment(recipe.policy, recipe.magnitude, recipe.erase, fill=tuple(getattr(dls, 'mean', None) or (.5,)))
+    return [*([AugmentImages(augment)] if recipe.policy != 'none' or recipe.erase else []),
+            *([MixImages(recipe.mixup, recipe.cutmix)] if recipe.mixup or recipe.cutmix else [])]
 
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
     "A Learner over `RelViT`: AdamW of the recipe, a table with every task"
-    cbs = [PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *L(cbs)]
-    learn = Learner(dls, model, loss_func=model.loss, opt_func=_opt_func(recipe), splitter=split_parameters,
-                    lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs, **kwargs)
+    cbs = [PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
+    if 'labels' in model.tasks: cbs += _label_callbacks(recipe, dls)
+    learn = Learner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs,
+                    **_optimised(recipe), **kwargs)
     learn.recipe = recipe
     return learn
 
 @patch
-def fit_recipe(self:Learner, n_epoch:int, recipe=None, # a `Recipe` or its name; the Learner's own if None
+def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
+               recipe=None, # a `Recipe` or its name; the Learner's own if None
                cbs=None):
     "Train by a recipe: its optimiser, its schedule over all steps, its clipping"
     recipe = get_recipe(recipe or self.recipe)
     if recipe != self.recipe or self.opt is None: # another recipe means another optimiser
-        self.recipe, self.opt_func = recipe, _opt_func(recipe)
+        self.recipe = recipe
+        for k, v in _optimised(recipe).items(): setattr(self, k, v)
         self.create_opt()
-    cbs = L(cbs) + [ParamScheduler({'lr': recipe.lr_at}), GradientClip(recipe.clip)]
-    self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=cbs)
+    below = range(len(self.opt.hypers) - 1, -1, -1)
+    lr = recipe.lr_at if recipe.layer_decay == 1 else lambda t: [recipe.lr_at(t)*recipe.layer_decay**d for d in below]
+    self.fit(n_epoch or recipe.epochs, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler({'lr': lr}), GradientClip(recipe.clip)])
 
-# %% ../nbs/35_learner.ipynb #86141d53
-def _patch_callbacks(encoder, mega, augment, permute):
+# %% ../nbs/35_learner.ipynb #5bebdf82
+def _patch_callbacks(encoder, mega, augment, permute, recipe):
     "The callbacks that change patches, as asked for"
     if permute is None: permute = not encoder.is_vit
-    if augment is True: augment = {}
-    return [*([MegaPatches(**mega) if isinstance(mega, dict) else MegaPatches(mega)] if mega else []),
-            *([AugmentPatches(augment)] if augment not in (False, None) else []),
+    if mega: mega = dict(same_cuts=recipe.same_cuts) | (mega if isinstance(mega, dict) else dict(side=mega))
+    released = recipe.jitter == 'normalised'
+    stats = tuple(getattr(encoder, k).flatten().tolist() for k in ('mean', 'std')) if released else None
+    if augment is True: augment = parse_augment(recipe.augment, encoder.p, stats=stats)
+    elif isinstance(augment, dict): augment = PatchAugment(encoder.p, **(dict(stats=stats) | augment))
+    return [*([MegaPatches(**mega)] if mega else []), *([AugmentPatches(augment)] if augment else []),
             *([PermutePatches()] if permute else [])]
 
 def _mega_grid(mega, encoder):
@@ -108,9 +130,10 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
                      tasks=('relations', 'positions'), # see `make_tasks`
                      img_size=None, p=None, # for an encoder that is built here
                      mega=None, # mega-patches a side, or a dict for `MegaPatches`
-                     augment=True, # per patch: RelViT's; a `PatchAugment` or a dict for one; False for none
+                     augment=True, # per patch: the recipe's; a `PatchAugment` or a dict for one; False for none
                      permute:bool=None, # shuffle patches; where the encoder cannot help knowing places if None
                      pos_embed=False, # let the tasks see the positional embedding (leaks, unless `permute`)
+                     add_cls=False, # relation tasks read patch tokens + class token
                      recipe='default', # see `RECIPES`
                      amp=False, # bfloat16 where it is safe
                      seed:int=None, # of the initial weights
@@ -120,14 +143,14 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder))
-    return _learner(dls, model, recipe, amp, _patch_callbacks(encoder, mega, augment, permute) + L(cbs), path=path)
+    model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder), add_cls=add_cls)
+    return _learner(dls, model, recipe, amp, _patch_callbacks(encoder, mega, augment, permute, recipe) + L(cbs), path=path)
 
-# %% ../nbs/35_learner.ipynb #c8ebf93d
+# %% ../nbs/35_learner.ipynb #d7917102
 class FreezeEncoder(Callback):
     "Keeps the encoder as it is: no gradient, evaluation mode. Reads `learn.model.encoder`"
-    def before_fit(self): self.learn.model.encoder.requires_grad_(False)
-    def before_train(self): self.learn.model.encoder.eval()
+    def before_fit(self): bare(self.learn.model).encoder.requires_grad_(False)
+    def before_train(self): bare(self.learn.model).encoder.eval()
 
 def _at_size_of(dls, encoder):
     "An encoder that was pretrained at another resolution moves to that of the data"
@@ -138,8 +161,8 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
                      encoder, # `TokenEncoder` (copied), timm model, or a name
                      classes:int=None, # from the data if None
                      pool=None, # where the classifier looks: 'cls', 'mean' or 'flat', see `ClassHead`
-                     smoothing=0., # label smoothing
-                     zero=True, # start the classifier at 0
+                     smoothing:float=None, # of labels; the recipe's if None
+                     zero:bool=None, # start the classifier at 0? the recipe's answer if None
                      freeze=False, # train the classifier alone
                      img_size=None, p=None, recipe='default', amp=False, seed:int=None, cbs=None, path=None,
                      **kwargs # for `TokenEncoder`
@@ -149,24 +172,48 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     recipe, classes = get_recipe(recipe), classes or getattr(dls, 'c', None)
     if isinstance(encoder, TokenEncoder): encoder = _at_size_of(dls, copy.deepcopy(encoder))
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
+    smoothing, zero = (own if said is None else said for said, own in ((smoothing, recipe.smoothing), (zero, recipe.zero_head)))
     model = RelViT(encoder, [Classification(classes, pool, smoothing=smoothing, zero=zero)])
     return _learner(dls, model, recipe, amp, L(cbs) + ([FreezeEncoder()] if freeze else []), path=path)
 
-# %% ../nbs/35_learner.ipynb #360ba392
+# %% ../nbs/35_learner.ipynb #be43c0c1
 def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # see `make_tasks`
                   classes:int=None, pool=None, # for 'labels', see `finetune_learner`
-                  leak=False, # False: relations see a shuffled view without positions; 'paper': the classifier's
-                  mega=None, augment=True, permute=True, # of the second view
+                  leak=None, # False: relations see a shuffled view without positions; 'paper': the classifier's; the recipe's if None
+                  mega=None, augment=True, permute=True, add_cls=False, # of the second view
                   img_size=None, p=None, recipe='default', amp=False, seed:int=None, cbs=None, path=None,
                   **kwargs # for `TokenEncoder`
                  ) -> Learner:
     "A Learner that trains an encoder on labels and relations at once"
-    if leak not in (False, 'paper'): raise ValueError(f"leak is False or 'paper', not {leak!r}")
+    if leak not in (None, False, 'paper'): raise ValueError(f"leak is False or 'paper', not {leak!r}")
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
+    leak = recipe.leak and 'paper' if leak is None else leak
     tasks = make_tasks(tasks, classes or getattr(dls, 'c', None))
-    if 'labels' in tasks and pool: tasks['labels'].pool = pool
+    if 'labels' in tasks:
+        tasks['labels'].smoothing = tasks['labels'].smoothing or recipe.smoothing
+        if pool: tasks['labels'].pool = pool
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega, encoder))
-    views = [] if leak else _patch_callbacks(encoder, mega, augment, permute)
+    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega, encoder), add_cls=add_cls)
+    related = any(t.view == 'patches' for t in model.tasks.values())
+    views = _patch_callbacks(encoder, mega, augment, permute, recipe) if related and not leak else []
     return _learner(dls, model, recipe, amp, views + L(cbs), path=path)
+
+# %% ../nbs/35_learner.ipynb #12ff4842
+@patch
+def faster(self:Learner, amp=False, # forward and loss in bfloat16 where it is safe: on GPUs, and CPUs that compute in it
+           compile=False, # torch.compile the encoder: some seconds once, and again for every new image size
+           channels_last=False, # kernels of convolutions with channels last: for convolutional stems
+           fused=True, # attention as one kernel; False: as its formula is written
+           accumulate=1 # batches to an optimiser step, where a large batch does not fit
+          ) -> Learner:
+    "Turn on what pays on this machine. Raises ValueError for less than one batch a step"
+    if accumulate < 1: raise ValueError(f'accumulate counts batches, so it is 1 or more, not {accumulate}')
+    encoder = self.model.encoder
+    for m in encoder.modules():
+        if hasattr(m, 'fused_attn'): m.fused_attn = fused
+    if channels_last: encoder.to(memory_format=torch.channels_last)
+    if compile: encoder.compile()
+    if amp and not hasattr(self, 'auto_cast'): self.add_cb(AutoCast())
+    if accumulate > 1: self.add_cb(Accumulate(accumulate))
+    return self

@@ -5,10 +5,10 @@
 # %% ../nbs/30_recipes.ipynb #61e5881d
 from __future__ import annotations
 import difflib, math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'RECIPES', 'cosine_lr', 'reference_lr', 'Recipe', 'get_recipe']
+__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'Recipe', 'get_recipe', 'recipe_table']
 
 # %% ../nbs/30_recipes.ipynb #b12e5905
 def cosine_lr(t:float, # share of all steps done, 0 to 1
@@ -28,37 +28,88 @@ def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
 SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr)
 
 # %% ../nbs/30_recipes.ipynb #a4d26102
-@dataclass(frozen=True)
+CHOICES = dict(schedule=tuple(SCHEDULES), policy=('none', 'randaugment', 'autoaugment'), jitter=('pixels', 'normalised'),
+               splits=('held-out', 'reference'))
+RANGES = ( # what must hold, and for what
+    ('above 0', lambda v: 0 < v < float('inf'), 'lr clip epochs bs'),
+    ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd mixup cutmix'),
+    ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing erase ema warmup'),
+    ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'layer_decay'),
+    ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
+
+# %% ../nbs/30_recipes.ipynb #a1442b22
+@dataclass(frozen=True, repr=False)
 class Recipe:
-    "How a run is optimised: AdamW, a schedule, clipping"
+    "How a run is trained. Raises ValueError for an impossible number"
     name:str
-    lr:float = 1e-3 # highest learning rate
+    version:int = 1 # goes up when a number of it changes
+    says:str = '' # what it is for
+    epochs:int = 100
+    bs:int = 64 # images of a batch
+    # optimisation
+    lr:float = 1e-3 # highest learning rate, of AdamW
     final_lr:float = 1e-5 # last learning rate
-    betas:tuple = (.9, .98) # of AdamW
+    betas:tuple = (.9, .98)
     wd:float = .05 # decoupled weight decay
     decay_all:bool = False # decay biases, norms and embeddings too, as the released code does
     warmup:float = .1 # share of the steps
     schedule:str = 'cosine' # 'cosine' or 'reference'
     clip:float = 1. # largest norm of the whole gradient
+    layer_decay:float = 1. # learning rate of each layer over that of the one above it
+    ema:float = 0. # decay of averaged weights, which are the ones that count then; 0 for none
+    # regularisation, where labels are learnt
     drop_path:float = 0. # stochastic depth of a backbone that is built by name
+    smoothing:float = 0. # share of a label that is spread over all classes
+    mixup:float = 0. # alpha of the Beta distribution; 0 for none
+    cutmix:float = 0. # the same; with both, each batch takes one of them
+    policy:str = 'none' # augmentation of what the classifier sees: 'none', 'randaugment', 'autoaugment'
+    magnitude:int = 9 # of RandAugment, 0 to 30
+    erase:float = 0. # probability that a part of an image is erased
+    zero_head:bool = True # the classifier starts at 0
+    # relations
+    augment:str = 'colJitter:0.8-grayScale:0.2' # of each patch by itself
+    jitter:str = 'pixels' # where its colours change: in 'pixels', or 'normalised', as released: most of it is lost then
+    same_cuts:bool = False # mega-patches: columns are cut where rows are, as released
+    leak:bool = False # joint training: relation tasks see the positions of unshuffled patches, as released
+    # data
+    splits:str = 'held-out' # 'reference': choose on what is reported on, as released
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {' or '.join(map(repr, SCHEDULES))}, not {self.schedule!r}")
-        for k in ('lr', 'clip'):
-            if not getattr(self, k) > 0: raise ValueError(f'{k} must be above 0, not {getattr(self, k)}')
+        for k, allowed in CHOICES.items():
+            if (v := getattr(self, k)) not in allowed: raise ValueError(f"{k} is {' or '.join(map(repr, allowed))}, not {v!r}")
+        for what, holds, names in RANGES:
+            for k in names.split():
+                if not holds(v := getattr(self, k)): raise ValueError(f'{k} must be {what}, not {v}')
 
     def lr_at(self, t:float # share of all steps done
              ) -> float: return SCHEDULES[self.schedule](t, self.lr, self.final_lr, self.warmup)
     def but(self, **changes): return replace(self, **changes)
     def asdict(self): return asdict(self)
+    @classmethod
+    def of(cls, values:dict): return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
+# %% ../nbs/30_recipes.ipynb #e7807925
+def _changes(r):
+    "What differs from a recipe that says nothing"
+    plain = {f.name: f.default for f in fields(Recipe)}
+    return {k: v for k, v in r.asdict().items() if k not in ('name', 'version', 'says') and v != plain[k]}
+
+def _repr(r):
+    said = ', '.join(f'{k}={v!r}' for k, v in _changes(r).items())
+    return f'{r.name}, version {r.version}: {r.says}\n  {said or "nothing but the defaults"}'
+Recipe.__repr__ = _repr
+
+# %% ../nbs/30_recipes.ipynb #8270425a
+_readme = dict(bs=256, lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, drop_path=.1)
 RECIPES = {r.name: r for r in (
-    Recipe('default'),
-    Recipe('reference', lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, decay_all=True, schedule='reference',
-           drop_path=.1))}
+    Recipe('default', says='short and plain: AdamW, warm-up, cosine'),
+    Recipe('reference', says="RelViT's released code as it is, defects included", **_readme, schedule='reference', decay_all=True,
+           zero_head=False, jitter='normalised', same_cuts=True, leak=True, splits='reference'),
+    Recipe('paper', says="RelViT's numbers, with the defects of the released code mended", **_readme),
+    Recipe('modern', says='a ViT from scratch on a small data set: strong augmentation, mixed labels, averaged weights', bs=128,
+           betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25, ema=.9998))}
 
-# %% ../nbs/30_recipes.ipynb #33ed1dfc
+# %% ../nbs/30_recipes.ipynb #e7b87845
 def get_recipe(recipe # a `Recipe` or the name of one
               ) -> Recipe:
     "A recipe by name. Raises ValueError for an unknown one"
@@ -68,3 +119,11 @@ def get_recipe(recipe # a `Recipe` or the name of one
         hint = f' (did you mean {near[0]!r}?)' if near else ''
         raise ValueError(f'no recipe is called {recipe!r}; there are {", ".join(RECIPES)}{hint}')
     return RECIPES[recipe]
+
+# %% ../nbs/30_recipes.ipynb #66beed03
+def recipe_table(recipes=None # `Recipe`s; all known ones if None
+                ):
+    "A pandas table of the fields in which recipes differ"
+    import pandas as pd
+    df = pd.DataFrame({r.name: r.asdict() for r in map(get_recipe, recipes or RECIPES.values())}).drop(index=['name', 'says'])
+    return df[[len({str(v) for v in row}) > 1 for row in df.to_numpy()]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, math, os, platform, random, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch, noop
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from .checkpoint import read_meta, save, write_whole
 from .data import ImageLoader, seed_of
 from .plots import plt
+from .tasks import bare
 
 # %% auto #0
-__all__ = ['provenance', 'Run', 'SeedSteps', 'save_state', 'load_state', 'RecordRun', 'better', 'figures', 'plot_run',
+__all__ = ['provenance', 'Run', 'SeedSteps', 'save_state', 'load_state', 'RecordRun', 'better', 'tracker', 'figures', 'plot_run',
            'plot_metrics', 'list_runs', 'compare']
 
 # %% ../nbs/36_runs.ipynb #e8a2ec32
@@ -46,13 +48,15 @@ class Run:
 
     @classmethod
     def create(cls, path, config:dict, # plain data
-               data:dict=None): # of `Splits.report`
+               data:dict=None, # of `Splits.report`
+               recipe:dict=None): # of `Recipe.asdict`
         "A new folder. Raises FileExistsError where a run lies already"
         path = Path(path)
         cls.free(path)
         path.mkdir(parents=True, exist_ok=True)
         _write_json(path/'environment.json', dict(provenance(), command=sys.argv))
         if data: _write_json(path/'data.json', data)
+        if recipe: _write_json(path/'recipe.json', recipe)
         _write_json(path/'config.json', config)
         return cls(path)
 
@@ -66,7 +70,7 @@ class Run:
     def discard(self):
         "Take away what `create` wrote, of a run that was never begun"
         if self.last.exists(): raise ValueError(f'{self.path} was begun; delete it yourself')
-        for f in ('config.json', 'data.json', 'environment.json', 'log.txt'): (self.path/f).unlink(missing_ok=True)
+        for f in ('config.json', 'data.json', 'recipe.json', 'environment.json', 'log.txt'): (self.path/f).unlink(missing_ok=True)
         self.path.rmdir()
 
     def _json(self, name):
@@ -78,6 +82,8 @@ class Run:
     def environment(self): return self._json('environment.json')
     @property
     def data(self): return self._json('data.json')
+    @property
+    def recipe(self): return self._json('recipe.json')
     @property
     def summary(self): return self._json('summary.json')
     @property
@@ -123,7 +129,8 @@ class SeedSteps(Callback):
 
     def before_batch(self):
         self.learn.iter += self.skipped
-        seed = seed_of(self.seed, self.learn.epoch, self.learn.iter, 1)
+        rank = getattr(self.learn.dls.train, 'rank', 0) # each of several processes draws for itself
+        seed = seed_of(self.seed, self.learn.epoch, self.learn.iter, 1 + rank)
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
 
 # %% ../nbs/36_runs.ipynb #47ba4ffd
@@ -150,7 +157,7 @@ def load_state(learn, path) -> dict: # the place
             _, i, k = name.split('.')
             moments.setdefault(int(i), {})[k] = v
         else: model[name] = v
-    try: learn.model.load_state_dict(model)
+    try: bare(learn.model).load_state_dict(model)
     except RuntimeError as e: raise ValueError(f'{path} is the state of another model: {e}') from e
     opt, groups, first = _optimiser(learn), [], 0
     for g in place['groups']:
@@ -172,6 +179,7 @@ class RecordRun(Callback):
                  config:dict=None): # plain data, for a run that is created here
         if not isinstance(run, Run): run = Run(run) if resume else Run.create(run, config or {})
         self.record, self.resume, self.every, self.seeds, self.stop = run, resume, every, SeedSteps(seed), None
+        self.writes = rank_distrib() == 0 # of several processes one keeps the record
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') # nothing to record
@@ -179,8 +187,9 @@ class RecordRun(Callback):
         if self.seeds not in self.learn.cbs: self.learn.add_cb(self.seeds)
         self.place, self.seeds.start, self.began = {}, (0, 0), time.time()
         if self.resume: self._restore()
-        else: self.record.log(f'begins: {self.learn.n_epoch} epochs of {len(self.learn.dls.train)} steps')
+        else: self._say(f'begins: {self.learn.n_epoch} epochs of {len(self.learn.dls.train)} steps')
         self._listen()
+    def _say(self, text): self.writes and self.record.log(text)
     def __repr__(self): return f'RecordRun({str(self.record.path)!r})'
 
 @patch
@@ -192,8 +201,8 @@ def _restore(self:RecordRun):
         if self.place[key] != now: raise ValueError(f"this run was planned with {key} = {self.place[key]}, not {now}")
     self.seeds.start = self.place['epoch'], self.place['iter']
     known = [m for m in self.record.metrics if m['epoch'] < self.place['epoch']]
-    write_whole(self.record.path/'metrics.jsonl', lambda f: Path(f).write_text(''.join(json.dumps(m) + '\n' for m in known)))
-    self.record.log(f"goes on at epoch {self.place['epoch']}, step {self.place['iter']}")
+    if self.writes: write_whole(self.record.path/'metrics.jsonl', lambda f: Path(f).write_text(''.join(json.dumps(m) + '\n' for m in known)))
+    self._say(f"goes on at epoch {self.place['epoch']}, step {self.place['iter']}")
 
 # %% ../nbs/36_runs.ipynb #146c3987
 @patch
@@ -239,7 +248,7 @@ def before_validate(self:RecordRun):
 @patch
 def _add(self:RecordRun):
     n = len(self.learn.xb[0])
-    new = dict(loss=self.learn.loss.detach(), **getattr(self.learn.model, 'scores', {}))
+    new = dict(loss=self.learn.loss.detach(), **getattr(bare(self.learn.model), 'scores', {}))
     for k, v in new.items(): self.sums[k] = self.sums.get(k, 0) + (v.cpu() if v.device.type == 'mps' else v).double()*n
     self.count += n
 
@@ -252,6 +261,7 @@ def _means(self:RecordRun):
 def after_batch(self:RecordRun):
     self._add()
     if self.learn.training:
+        if getattr(getattr(self.learn, 'accumulate', None), 'count', 0): return # gradients of an unfinished step are in no state
         if self.stop: self._leave(self.learn.epoch, self.learn.iter + 1)
         elif time.time() - self.since > self.every: self._save(self.learn.epoch, self.learn.iter + 1)
     elif self.stop: # all steps of the epoch are done, what it is worth is not known yet
@@ -260,16 +270,15 @@ def after_batch(self:RecordRun):
 
 @patch
 def _save(self:RecordRun, epoch, step):
-    smooth = self.learn.recorder.smooth_loss
-    save_state(self.learn, self.record.last, epoch=epoch, iter=step, n_epoch=self.learn.n_epoch, n_iter=len(self.learn.dls.train),
+    smooth, self.since = self.learn.recorder.smooth_loss, time.time()
+    if self.writes: save_state(self.learn, self.record.last, epoch=epoch, iter=step, n_epoch=self.learn.n_epoch, n_iter=len(self.learn.dls.train),
                pct_train=self.learn.pct_train, train_iter=self.learn.train_iter, count=self.count,
                sums={k: float(v) for k, v in self.sums.items()}, smooth=[smooth.count, float(smooth.val)])
-    self.since = time.time()
 
 @patch
 def _leave(self:RecordRun, epoch, step):
     self._save(epoch, step)
-    self.record.log(f'{self.stop}: saved at epoch {epoch}, step {step}')
+    self._say(f'{self.stop}: saved at epoch {epoch}, step {step}')
     raise CancelFitException
 
 # %% ../nbs/36_runs.ipynb #64e92ebd
@@ -285,21 +294,24 @@ def after_epoch(self:RecordRun):
         self.learn.logger = self.spoke
         return
     valid, before = self._means(), [m['valid'] for m in self.record.metrics]
-    chance = self.learn.model.chance() if hasattr(self.learn.model, 'chance') else {}
+    model = bare(self.learn.model)
+    chance = model.chance() if hasattr(model, 'chance') else {}
+    valid |= self.learn.__dict__.pop('probes', {})
     row = dict(epoch=self.learn.epoch, step=self.learn.train_iter, train=self.means, valid=valid, chance=chance,
                lr=self.learn.opt.hypers[-1]['lr'], seconds=round(time.time() - self.training_began, 2))
-    with open(self.record.path/'metrics.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
-    if all(better(valid, b) for b in before): save(self.learn, self.record.best, epoch=self.learn.epoch)
+    if self.writes:
+        with open(self.record.path/'metrics.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
+        if all(better(valid, b) for b in before): save(self.learn, self.record.best, epoch=self.learn.epoch)
     self.sums, self.count = {}, 0
     self._save(self.learn.epoch + 1, 0)
-    self.record.log(f"epoch {self.learn.epoch}: " + ', '.join(f'{k} {v:.4g}' for k, v in valid.items() if k in chance or k == 'loss'))
+    self._say(f"epoch {self.learn.epoch}: " + ', '.join(f'{k} {v:.4g}' for k, v in valid.items() if k in chance or k == 'loss'))
     if self.stop: self._leave(self.learn.epoch + 1, 0)
 
 @patch
 def after_fit(self:RecordRun):
     self._deafen()
     if self.seeds in self.learn.cbs: self.learn.remove_cb(self.seeds)
-    if not hasattr(self, 'training_began'): return
+    if not hasattr(self, 'training_began') or not self.writes: return
     figures(self.record)
     if not self.stop:
         _write_json(self.record.path/'summary.json', dict(self.record.metrics[-1], epochs=self.learn.n_epoch))
@@ -309,6 +321,22 @@ def after_fit(self:RecordRun):
 def after_cancel_fit(self:RecordRun): self._deafen()
 
 # %% ../nbs/36_runs.ipynb #ae9cfcbe
+def tracker(kind, # 'tensorboard' (into the run folder) or 'wandb' (where its own settings say: online, offline)
+            run): # `Run`
+    "A callback that tells others how a run goes. Raises ImportError with the cure where the package is not there"
+    try:
+        if kind == 'tensorboard':
+            from fastai.callback.tensorboard import TensorBoardCallback
+            return TensorBoardCallback(run.path/'tensorboard', trace_model=False, log_preds=False)
+        if kind == 'wandb':
+            import wandb
+            from fastai.callback.wandb import WandbCallback
+            if wandb.run is None: wandb.init(project='relvit', name=run.path.name, dir=str(run.path), config=run.config | dict(recipe=run.recipe))
+            return WandbCallback(log_preds=False)
+    except ImportError as e: raise ImportError(f"{kind} is not installed: pip install 'relvit[track]'") from e
+    raise ValueError(f"track is 'tensorboard' or 'wandb', not {kind!r}")
+
+# %% ../nbs/36_runs.ipynb #dc40d7c5
 def figures(run):
     "Curves of every task, with chance levels, to `figures/curves.png`"
     fig = plot_run(run)
@@ -341,7 +369,7 @@ def plot_metrics(rows:dict): # name -> one dict an epoch, as in `metrics.jsonl`
     fig.tight_layout()
     return fig
 
-# %% ../nbs/36_runs.ipynb #41823409
+# %% ../nbs/36_runs.ipynb #14a92b80
 def list_runs(folder='runs') -> list[Run]:
     "The runs below a folder, oldest first; warns of those whose configuration cannot be read"
     found = []

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import difflib, torch, torch.nn.functional as F
 from collections import namedtuple
+from dataclasses import replace
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .heads import ClassHead, PairHead, TokenHead
@@ -15,7 +16,7 @@ from .relations import (RELATIONS, angles, directions, distances, flat_index, re
 
 # %% auto #0
 __all__ = ['Truth', 'TASKS', 'Task', 'accuracy', 'off_diagonal', 'SpatialRelations', 'AbsolutePositions', 'Regression',
-           'Distances', 'Angles', 'Directions', 'Classification', 'make_tasks', 'Predictions', 'RelViT']
+           'Distances', 'Angles', 'Directions', 'Classification', 'make_tasks', 'Predictions', 'RelViT', 'bare']
 
 # %% ../nbs/20_tasks.ipynb #700c9573
 Truth = namedtuple('Truth', 'pos grid y') # what a target can be computed from: (b,n,2) positions, (h,w), (b,) labels
@@ -55,6 +56,8 @@ class Task(nn.Module):
         target = self.target(positions(grid), grid)
         return dict(acc=(target.flatten().bincount().max()/target.numel()).item())
 
+    @property
+    def pairs(self): return isinstance(self.head, PairHead) # does it ask for every pair? Of many tokens it is asked for a sample
     def extra_repr(self): return f'weight={self.weight:g}'
 
 # %% ../nbs/20_tasks.ipynb #c9fa9b93
@@ -183,14 +186,22 @@ class Classification(Task):
         return ClassHead(encoder.dim, self.classes, pool, h*w, self.zero)
 
     def forward(self, tokens): return self.head(tokens)
-    def truth(self, t): return t.y.as_subclass(Tensor).long() # fastai's TensorCategory does not mix with tensors
+    def truth(self, t):
+        y = t.y.as_subclass(Tensor) # fastai's TensorCategory does not mix with tensors
+        return y if y.is_floating_point() else y.long()
     def chance(self, grid): return dict(acc=1/self.classes) if self.classes else {}
 
-    def loss(self, pred, y):
+    def loss(self, pred, y): # (b,) classes, or (b,classes) shares
+        if y.ndim == 2:
+            known = y.sum(1)
+            each = F.cross_entropy(pred.float(), y/known.clamp(min=1e-6)[:, None], label_smoothing=self.smoothing, reduction='none')
+            return (each*known).sum()/known.sum().clamp(min=1)
         total = F.cross_entropy(pred.float(), y, ignore_index=-1, label_smoothing=self.smoothing, reduction='sum')
         return total/(y >= 0).sum().clamp(min=1)
 
-    def metrics(self, pred, y): return dict(acc=((pred.argmax(1) == y).sum()/(y >= 0).sum().clamp(min=1)))
+    def metrics(self, pred, y):
+        if y.ndim == 2: y = torch.where(y.sum(1) > 0, y.argmax(1), -1)
+        return dict(acc=((pred.argmax(1) == y).sum()/(y >= 0).sum().clamp(min=1)))
 
 # %% ../nbs/20_tasks.ipynb #054e77b1
 def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to weight or task; or a single one
@@ -199,7 +210,7 @@ def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to
     "Tasks by name from what a user wrote. Raises ValueError for an unknown name"
     if isinstance(spec, (str, Task, type)): spec = [spec]
     if isinstance(spec, dict):
-        return {n: w if isinstance(w, Task) else _make_task(n, classes, weight=w) for n, w in spec.items()}
+        return {n: _make_task(w, classes) if isinstance(w, Task) else _make_task(n, classes, weight=w) for n, w in spec.items()}
     tasks = [_make_task(t, classes) for t in spec]
     return {t.name: t for t in tasks}
 
@@ -218,9 +229,11 @@ def _make_task(t, classes, **kwargs):
 class Predictions(tuple):
     "Logits of every task in order, or by name, with the positions and the grid of the patches that they belong to"
     def __new__(cls, logits, # dict by task; fastai makes new ones from lists, without names
-                pos=None, grid=None):
+                pos=None, grid=None,
+                picked=None): # (m,) ids of the tokens that pair tasks were asked about; all if None
         self = super().__new__(cls, logits.values() if isinstance(logits, dict) else logits)
         self.names, self.pos, self.grid = list(logits) if isinstance(logits, dict) else [], pos, grid
+        self.picked = picked
         return self
 
     def __getitem__(self, i): return super().__getitem__(self.names.index(i) if isinstance(i, str) else i)
@@ -236,12 +249,15 @@ class RelViT(nn.Module):
                  tasks=('relations', 'positions'), # see `make_tasks`
                  pos_embed=False, # do relation tasks see the positional embedding? Unshuffled, it leaks
                  grid=None, # (h,w) of the view 'patches', where mega-patches change it
-                 classes=None): # for 'labels'
+                 classes=None, # for 'labels'
+                 add_cls=False): # relation tasks read patch tokens + class token, an option of the released code
         super().__init__()
+        if add_cls and not encoder.has_cls: raise ValueError('add_cls, but the encoder has no class token')
         self.encoder, self.pos_embed, self.grid = encoder, pos_embed, tuple(grid or encoder.grid)
+        self.add_cls, self.ema = add_cls, None # timm's `ModelEmaV3` of this model, where its weights are averaged
         self.tasks = nn.ModuleDict({n: t.setup(encoder, self.grid) for n, t in make_tasks(tasks, classes).items()})
         self.scores = {} # losses, and out of training metrics, of the last batch, by 'task_metric'
-        self._placed = None # positions and grid of the last batch, for when fastai casts the predictions
+        self._placed = None # positions, grid and sample of the last batch, for when fastai casts the predictions
 
     def passes(self) -> dict:
         "Which task needs which pass: (view, does it see positions) by name"
@@ -252,28 +268,48 @@ class RelViT(nn.Module):
 @patch
 def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
             patches:Tensor=None, # (b,c,H',W') what the relation tasks shall see instead of x
-            pos:Tensor=None # (b,n,2) original positions of the patches; in order if None
+            pos:Tensor=None, # (b,n,2) original positions of the patches; in order if None
+            picked:Tensor=None # (m,) ids of the tokens that pair tasks are asked about; all if None
            ) -> Predictions:
-    "Logits of every task, from as few passes of the encoder as they need"
+    "Logits of every task, from as few passes of the encoder as they need; out of training, of the averaged weights if there are any"
+    if self.ema is not None and not self.training:
+        preds = self.ema.module(x, patches, pos, picked)
+        self._placed, self.grid = self.ema.module._placed, self.ema.module.grid
+        return preds
     views, done, logits = dict(image=x, patches=x if patches is None else patches), {}, {}
     for name, (view, seen) in self.passes().items():
         key = id(views[view]), seen
         if key not in done: done[key] = self.encoder(views[view], pos_embed=seen)
-        logits[name] = self.tasks[name](done[key])
-        if view == 'patches': self.grid = done[key].grid
+        tokens, task = done[key], self.tasks[name]
+        if view == 'patches':
+            self.grid = tokens.grid
+            if self.add_cls: tokens = replace(tokens, patches=tokens.patches + tokens.cls[:, None])
+            if picked is not None and task.pairs: tokens = replace(tokens, patches=tokens.patches[:, picked])
+        logits[name] = task(tokens)
     if pos is None: pos = positions(self.grid, device=x.device).expand(len(x), -1, -1)
-    self._placed = pos, self.grid
-    return Predictions(logits, pos, self.grid)
+    self._placed = pos, self.grid, picked
+    return Predictions(logits, pos, self.grid, picked)
+
+@patch(as_prop=True)
+def averaged(self:RelViT):
+    "The model of the averaged weights; itself where none are"
+    return self if self.ema is None else self.ema.module
+
+def bare(model):
+    "The model itself, where torch wrapped it to train it on several devices"
+    return getattr(model, 'module', model)
 
 # %% ../nbs/20_tasks.ipynb #4e154f24
 @patch
-def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels, for 'labels'
+def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels or (b,classes) shares, for 'labels'
         ) -> Tensor:
     "Weighted sum of the tasks' losses; leaves them, and out of training the metrics, in `scores`"
-    pos, grid = (preds.pos, preds.grid) if getattr(preds, 'pos', None) is not None else self._placed
+    known = getattr(preds, 'pos', None) is not None
+    pos, grid, picked = (preds.pos, preds.grid, preds.picked) if known else self._placed
     total, self.scores, t = 0., {}, Truth(pos, grid, y)
+    some = t if picked is None else t._replace(pos=pos[:, picked])
     for (name, task), pred in zip(self.tasks.items(), preds):
-        target = task.truth(t)
+        target = task.truth(some if task.pairs else t)
         loss = task.loss(pred, target)
         total, self.scores[f'{name}_loss'] = total + task.weight*loss, loss.detach()
         if not self.training:

@@ -8,7 +8,7 @@ import difflib, math, timm, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -42,14 +42,19 @@ class TokenEncoder(nn.Module):
                  cls=True, # with a class token, where the backbone can have one
                  pos_std=None, # initial spread of the embedding; None: .02 if learnt, the waves as they are
                  mean=None, std=None, # of images in [0,1], one number or one a channel; the model's own if None
+                 attn_mask=None, # 'diagonal': a token attends to itself only; 'diagonal_cls': but the class token to all
                  **kwargs): # for `timm.create_model`: embed_dim, depth, num_heads, in_chans, drop_path_rate...
         super().__init__()
         self.config = dict(name=name_or_model, img_size=img_size, p=p, pos_embed=pos_embed, cls=cls, pos_std=pos_std,
                            **kwargs)
         if isinstance(name_or_model, nn.Module): self.model, self.config['name'] = name_or_model, None
         else: self.model = _create(name_or_model, img_size, p, cls, kwargs)
-        self.pos_embed = bool(pos_embed)
+        if attn_mask: self.config['attn_mask'] = attn_mask
+        self.pos_embed, self.attn_mask = bool(pos_embed), attn_mask
         self._measure(img_size, p)
+        if attn_mask not in (None, 'diagonal', 'diagonal_cls'):
+            raise ValueError(f"attn_mask is None, 'diagonal' or 'diagonal_cls', not {attn_mask!r}")
+        if attn_mask and not self.is_vit: raise ValueError(f'{type(self.model).__name__} takes no attention mask; a ViT does')
         self.normalise(mean, std)
         if pos_embed == 'sincos' or pos_std is not None: self._init_positions(pos_embed == 'sincos', pos_std)
 
@@ -176,6 +181,18 @@ def prepare(self:TokenEncoder, x:Tensor # (b,c,H,W) uint8 or float in [0,1]
     return (x - self.mean)/self.std
 
 @patch
+def _steps(self:TokenEncoder, x):
+    "What each block makes of (b,N,d), one after the other"
+    args = {}
+    if self.attn_mask: # added to the scores: 0 where a token may look, else -inf
+        mask = torch.full((x.shape[1],)*2, -torch.inf, dtype=x.dtype, device=x.device).fill_diagonal_(0)
+        if self.attn_mask == 'diagonal_cls' and self.has_cls: mask[0] = 0
+        args = dict(attn_mask=mask)
+    for block in self.model.blocks:
+        x = block(x, **args)
+        yield x
+
+@patch
 def forward(self:TokenEncoder, x:Tensor, # (b,c,H,W) images, uint8 or float in [0,1]
             pos_embed:bool=None # switch the positional embedding for this pass; as built if None
            ) -> Tokens:
@@ -184,6 +201,7 @@ def forward(self:TokenEncoder, x:Tensor, # (b,c,H,W) images, uint8 or float in [
     if not self.is_vit: return self._any(x)
     x, grid = self._embed(x, self.pos_embed if pos_embed is None else pos_embed)
     m = self.model
+    if self.attn_mask: return self._norm([*self._steps(x)][-1], grid)
     return self._norm(checkpoint_seq(m.blocks, x) if m.grad_checkpointing and self.training else m.blocks(x), grid)
 
 # %% ../nbs/10_tokens.ipynb #663a5ff4
@@ -194,14 +212,14 @@ def __repr__(self:TokenEncoder):
             f'd {self.dim}, {sum(q.numel() for q in self.model.parameters())/1e6:.2f} M parameters, '
             f"positions {'fixed' if not self.is_vit else 'on' if self.pos_embed else 'off'})")
 
-# %% ../nbs/10_tokens.ipynb #8c6049c8
+# %% ../nbs/10_tokens.ipynb #489f3aad
 @patch
 def sees_positions(self:TokenEncoder, pos_embed:bool=None # as it would be given to `forward`
                   ) -> bool:
     "Whether a pass knows where its tokens lie: a ViT with its embedding on, any other backbone always"
     return not self.is_vit or bool(self.pos_embed if pos_embed is None else pos_embed)
 
-# %% ../nbs/10_tokens.ipynb #489f3aad
+# %% ../nbs/10_tokens.ipynb #82e27b28
 @patch
 def _init_positions(self:TokenEncoder, sincos, std):
     "Start the positional embedding anew"
@@ -213,7 +231,7 @@ def _init_positions(self:TokenEncoder, sincos, std):
     w.data.zero_()[0, -len(waves):] = waves if std is None else waves*std/waves.std()
     w.requires_grad_(False)
 
-# %% ../nbs/10_tokens.ipynb #fdd786a6
+# %% ../nbs/10_tokens.ipynb #658c2718
 @patch
 def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding of another grid
                       grid=None # (h,w) that it belongs to; square if None
@@ -226,7 +244,7 @@ def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding 
         raise ValueError(f'an embedding of shape {tuple(w.shape)} does not fit {self!r}')
     return resample_abs_pos_embed(w, list(self.grid), list(grid), num_prefix_tokens=prefix)
 
-# %% ../nbs/10_tokens.ipynb #fc0913b5
+# %% ../nbs/10_tokens.ipynb #b99cebc3
 @patch
 def resize(self:TokenEncoder, img_size # pixels, int or (H,W)
           ) -> TokenEncoder: # itself
@@ -236,7 +254,7 @@ def resize(self:TokenEncoder, img_size # pixels, int or (H,W)
     self._measure(img_size, None)
     return self
 
-# %% ../nbs/10_tokens.ipynb #cb12a79b
+# %% ../nbs/10_tokens.ipynb #03e15547
 @patch
 def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
              layers=(-1,), # blocks of a ViT, stages of a hierarchy; negative counts from the last
@@ -250,12 +268,11 @@ def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
         return [Tokens(None, f, f, grid) for f, grid in flat]
     x, grid = self._embed(x, self.pos_embed if pos_embed is None else pos_embed)
     wanted, out = {i % len(m.blocks) for i in layers}, []
-    for i, block in enumerate(m.blocks):
-        x = block(x)
+    for i, x in enumerate(self._steps(x)):
         if i in wanted: out.append(self._norm(x, grid))
     return out
 
-# %% ../nbs/10_tokens.ipynb #03e15547
+# %% ../nbs/10_tokens.ipynb #2c789052
 @contextmanager
 def _attention_caught(model, caught):
     "While open, every attention of `model` writes its weights into `caught`"
@@ -277,7 +294,7 @@ def attention(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
     if not caught: raise RuntimeError(f'{type(self.model).__name__} has no attention that could be caught')
     return caught
 
-# %% ../nbs/10_tokens.ipynb #013c1c2d
+# %% ../nbs/10_tokens.ipynb #e16fb238
 @patch
 def attention_places(self:TokenEncoder) -> list[tuple]: # one ((h,w), (windows,tokens) ids of patches, -1 = padding; None = all) a block
     "Where the rows of each map of `attention` lie"
@@ -289,3 +306,10 @@ def attention_places(self:TokenEncoder) -> list[tuple]: # one ((h,w), (windows,t
             ids = torch.nn.functional.pad(ids, (0, -w % ww, 0, -h % wh), value=-1)
             places.append(((h, w), ids.unfold(2, wh, wh).unfold(3, ww, ww).reshape(-1, wh*ww)))
     return places or [(self.grid, None)]*sum(hasattr(m, 'attn_drop') and hasattr(m, 'fused_attn') for m in self.model.modules())
+
+# %% ../nbs/10_tokens.ipynb #4e5ab9ad
+@patch
+def layers(self:TokenEncoder) -> dict: # name of a parameter -> depth of its layer, 0 = the embedding of patches
+    "Which parameter belongs to which layer, as timm counts them"
+    m = self.model
+    return {f'model.{n}': d for n, d in group_parameters(m, m.group_matcher(coarse=False), reverse=True).items()}

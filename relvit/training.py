@@ -17,28 +17,29 @@ from .callbacks import MegaPatches
 from .checkpoint import encoder_config, load, load_encoder, write_whole
 from .data import make_dls
 from .datasets import DATASETS, open_data
+from .distributed import Distributed, join, same_for_all, together
 from .images import ImageFiles
 from .learner import finetune_learner, joint_learner, pretrain_learner
 from .patches import mega_patches
 from .plots import plt, show_patches, show_relations
-from .recipes import get_recipe
+from .recipes import Recipe, get_recipe
 from .relations import spatial_relations
-from .runs import RecordRun, Run
+from .runs import RecordRun, Run, tracker
 from .shards import Shards
-from .tasks import TASKS, Classification, RelViT
+from .tasks import TASKS, Classification, RelViT, make_tasks
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'Config', 'Pretrain', 'Finetune', 'Joint',
-           'config_of', 'usable', 'settle', 'open_config_data', 'config_recipe', 'make_learner', 'Plan', 'count',
-           'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model']
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'change_recipe', 'Config', 'Pretrain', 'Finetune',
+           'Joint', 'config_of', 'config_tasks', 'usable', 'settle', 'open_config_data', 'config_recipe',
+           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
 
 LIMITS = ( # what must hold, and for what
-    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few'),
+    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate'),
     ('2 or more', lambda v: v >= 2, 'mega'),
     ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
@@ -52,11 +53,11 @@ def _in_words(hint):
     if typing.get_origin(hint) is tuple: return 'a list of texts'
     return ' or '.join(map(_in_words, args)) or {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[hint]
 
-def parse_args(pairs # like depth=4
-              ) -> dict:
+def parse_args(pairs, # like depth=4
+               of='encoder_args') -> dict:
     "Arguments from text, each value read as YAML. Raises ValueError for what is no key=value"
     bad = [a for a in pairs if '=' not in a]
-    if bad: raise ValueError(f'encoder_args are written like depth=4, not {bad[0]!r}')
+    if bad: raise ValueError(f'{of} are written like name=value, not {bad[0]!r}')
     return {k: _number(yaml.safe_load(v)) for k, _, v in (a.partition('=') for a in pairs)}
 
 def _number(v): # YAML reads 1e-3 as text
@@ -76,6 +77,21 @@ def parse_tasks(tasks # names, or name=weight
     if len(out) < len(tasks): raise ValueError(f'tasks names one of {", ".join(out)} more than once')
     return out
 
+def change_recipe(name, pairs # like mixup=0
+                  ) -> Recipe:
+    "A recipe with other numbers. Raises ValueError for an unknown field or an impossible value"
+    r, hints, new = get_recipe(name), typing.get_type_hints(Recipe), parse_args(pairs, 'recipe_args')
+    for k, v in new.items():
+        if k not in hints or k in ('name', 'version', 'says'):
+            near = difflib.get_close_matches(k, hints, 1)
+            raise ValueError(f'a recipe has no {k!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(hints)}'))
+        if hints[k] is float and isinstance(v, int) and not isinstance(v, bool): new[k] = float(v)
+        if hints[k] is tuple: new[k] = tuple(v) if isinstance(v, list) else v
+        try: check_type(new[k], hints[k])
+        except TypeCheckError: raise ValueError(f'{k} of a recipe must be {_in_words(hints[k])}, not {v!r}') from None
+    return r.but(**new)
+
+# %% ../nbs/39_training.ipynb #f1f0b7e8
 @dataclass(frozen=True)
 class Config:
     "What a run is made of. Raises ValueError for an unknown key, a wrong type or an impossible value"
@@ -86,7 +102,7 @@ class Config:
     img_size:int|None = None # pixels of a side; the data set's own, or 224
     p:int|None = None # pixels of a side of a patch; the data set's own
     valid:float|None = None # share of the training images that is held out to choose on
-    splits:Literal['held-out', 'reference'] = 'held-out' # reference: choose on what is reported on, as the released code does
+    splits:Literal['held-out', 'reference']|None = None # reference: choose on what is reported on; the recipe's: held-out
     split_seed:int = 0 # of what is held out
     flip:bool|None = None # may training images be mirrored? the data set's own answer if None
     scale:float = .08 # smallest share of an image's area that a training crop covers
@@ -100,14 +116,21 @@ class Config:
     encoder_args:tuple[str, ...] = () # more for it, like depth=4 embed_dim=128 num_heads=4
     pos_std:float = .02 # initial spread of the positional embedding
     init:str|None = None # run folder or .safetensors file whose encoder it starts with
-    epochs:int = 100 # passes over the training images; what does not fill a batch is left for the next
+    recipe:str = 'default' # default, reference, paper or modern; `relvit recipes` shows them
+    recipe_args:tuple[str, ...] = () # changes of it, like mixup=0 ema=.999 layer_decay=.75
+    epochs:int|None = None # passes over the training images; what does not fill a batch is left for the next; the recipe's
     steps:int|None = None # batches of an epoch, instead of one pass
-    bs:int = 64 # images of a batch
-    recipe:str = 'default' # default or reference
+    bs:int|None = None # images of a batch; the recipe's
     lr:float|None = None # highest learning rate; the recipe's
     wd:float|None = None # weight decay; the recipe's
     drop_path:float|None = None # stochastic depth; the recipe's
-    amp:bool = False # bfloat16 where it is safe
+    amp:bool = False # bfloat16 where it is safe: pays on GPUs, and on CPUs that compute in it
+    compile:bool = False # torch.compile the encoder
+    channels_last:bool = False # kernels of convolutions with channels last
+    fused:bool = True # attention as one kernel
+    accumulate:int = 1 # batches to an optimiser step
+    hold:float|None = None # GB of the device's memory for pixels; 8 of a GPU
+    track:Literal['tensorboard', 'wandb']|None = None # where else the curves go
     seed:int = 0 # of weights, order, augmentation
     workers:int = 2 # processes that decode images which do not fit into memory
     device:str|None = None # cpu, cuda, ...; the best there is
@@ -129,6 +152,7 @@ class Config:
             raise ValueError(f'name must be a plain name, not {self.name!r}; the folder it lies in is out')
         if len(self.columns) not in (0, 2): raise ValueError(f'columns names two, of files and of labels, not {len(self.columns)}')
         parse_args(self.encoder_args)
+        change_recipe(self.recipe, self.recipe_args)
 
     @classmethod
     def from_dict(cls, values:dict): # plain data, of JSON or YAML
@@ -178,13 +202,15 @@ class Config:
     def mode(self): return type(self).__name__.lower()
     def but(self, **changes): return type(self).from_dict({k: v for k, v in asdict(self).items()} | changes)
 
-# %% ../nbs/39_training.ipynb #a22f6313
+# %% ../nbs/39_training.ipynb #571d5ab7
 @dataclass(frozen=True)
 class Pretrain(Config):
     "Pretrain an encoder on relations of patches; no label is looked at"
     tasks:tuple[str, ...] = ('relations', 'positions') # what to learn, each with a weight if wanted: relations=1 angles=.5
+    head:Literal['qk', 'bilinear'] = 'qk' # of pair tasks: as released, or Eq. 8 in full
     mega:int|None = None # mega-patches a side
-    augment:str = 'colJitter:0.8-grayScale:0.2' # of each patch by itself; none for none
+    augment:str|None = None # of each patch by itself, like colJitter:0.8-grayScale:0.2, or none; the recipe's
+    add_cls:bool = False # relation tasks read patch tokens + class token
     permute:bool|None = None # shuffle patches; if None, where the encoder cannot help knowing places
     pos_embed:bool = False # let the tasks see the positional embedding (leaks, unless permute)
 
@@ -198,7 +224,7 @@ class Finetune(Config):
     "Train an encoder on labels, from init or from scratch"
     few:int|None = None # labelled images of each class to train on; all if None
     pool:Literal['cls', 'mean', 'flat']|None = None # where the classifier looks; class token where there is one, else all (flat)
-    smoothing:float = 0. # label smoothing
+    smoothing:float|None = None # label smoothing; the recipe's
     freeze:bool = False # train the classifier alone
     image_augment:str = 'none' # colour and crop of the whole image, written as for patches: colJitter:0.8-grayScale:0.2
 
@@ -207,7 +233,7 @@ class Joint(Pretrain):
     "Train an encoder on labels and relations at once"
     tasks:tuple[str, ...] = ('labels', 'relations', 'positions') # what to learn, each with a weight if wanted
     permute:bool|None = True # shuffle the patches that the relation tasks see
-    leak:Literal['paper']|None = None # paper: relations see what the classifier sees, position included
+    leak:Literal['paper']|None = None # paper: relations see what the classifier sees, position included; the recipe's: no
     few:int|None = None # labelled images of each class to train on; all if None
     pool:Literal['cls', 'mean', 'flat']|None = None # where the classifier looks; class token where there is one, else all (flat)
 
@@ -220,8 +246,17 @@ def config_of(run:Run) -> Config:
         raise ValueError(f'{run.path} is not of relvit pretrain, finetune or joint: its config.json and data.json do not say what they do')
     return MODES[mode].from_dict(run.config)
 
-# %% ../nbs/39_training.ipynb #790f7054
+# %% ../nbs/39_training.ipynb #2183b275
 ENCODER = 'vit_small_patch16_224'
+
+def config_tasks(c) -> dict: # name -> task
+    "The tasks of a configuration, with their weights and heads"
+    weights = parse_tasks(c.tasks)
+    if c.head == 'qk': return weights
+    made = make_tasks(weights)
+    for t in made.values():
+        if hasattr(t, 'kind'): t.kind = c.head
+    return made
 
 def usable(device:str) -> bool: # name, or None
     "Is this device here?"
@@ -241,25 +276,30 @@ def settle(c:Config) -> Config:
         if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
         return head + os.path.abspath(Path(tail).expanduser())
     c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k))})
+    r = config_recipe(c)
+    c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
+    if c.splits is None: c = c.but(splits=r.splits if c.data in DATASETS else 'held-out') # others have no test set of the papers'
+    if isinstance(c, Joint) and c.leak is None and r.leak: c = c.but(leak='paper')
     if c.data in DATASETS and not DATASETS[c.data].drawn and c.root is None: c = c.but(root=os.getcwd())
     held = encoder_config(_weights(c.init)) if c.init else {}
     if not held: return c.but(encoder=c.encoder or ENCODER)
     if c.encoder not in (None, held['name']): raise ValueError(f'init holds a {held["name"]}, not a {c.encoder}; leave encoder out')
-    ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate'
+    ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate', 'attn_mask'
     for k, v in parse_args(c.encoder_args).items():
         if k not in ours and held.get(k, v) != v: raise ValueError(f'init holds an encoder of {k}={held[k]}, not {v}; leave it out')
     if c.p and isinstance(held.get('p'), int) and c.p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {c.p}')
-    return c.but(encoder=held['name'], encoder_args=tuple(f'{k}={json.dumps(v)}' for k, v in held.items() if k not in ours))
+    mask = tuple(a for a in c.encoder_args if a.startswith('attn_mask=')) # of this run, not of the weights
+    return c.but(encoder=held['name'], encoder_args=(*(f'{k}={json.dumps(v)}' for k, v in held.items() if k not in ours), *mask))
 
 def open_config_data(c:Config):
     "The `Splits` of a configuration"
-    return open_data(c.data, c.root, c.img_size, c.p, c.valid, c.split_seed, c.splits, c.labels, c.classes, c.flip, c.channels,
+    return open_data(c.data, c.root, c.img_size, c.p, c.valid, c.split_seed, c.splits or 'held-out', c.labels, c.classes, c.flip, c.channels,
                      c.most_unreadable, c.check, c.memory, c.download, c.columns)
 
 def config_recipe(c:Config):
     "The recipe of a configuration; the last learning rate keeps its ratio to the highest"
-    r = get_recipe(c.recipe)
-    new = {k: v for k in ('lr', 'wd', 'drop_path') if (v := getattr(c, k)) is not None}
+    r = change_recipe(c.recipe, c.recipe_args)
+    new = {k: v for k in ('lr', 'wd', 'drop_path', 'epochs', 'bs', 'smoothing', 'augment', 'splits') if (v := getattr(c, k, None)) is not None}
     if c.lr: new['final_lr'] = r.final_lr*c.lr/r.lr
     return r.but(**new)
 
@@ -267,7 +307,7 @@ def _start(c, splits, dls, recipe):
     "The encoder that a run starts with"
     more = dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
     if c.init and encoder_config(path := _weights(c.init)):
-        encoder = load_encoder(path, img_size=splits.img_size, **more)
+        encoder = load_encoder(path, img_size=splits.img_size, attn_mask=parse_args(c.encoder_args).get('attn_mask'), **more)
         if encoder.in_chans != dls.channels:
             raise ValueError(f'init holds an encoder of {encoder.in_chans} channels, these images have {dls.channels}')
         return encoder
@@ -278,36 +318,39 @@ def _start(c, splits, dls, recipe):
     if c.init: load(path, encoder)
     return encoder
 
-# %% ../nbs/39_training.ipynb #2183b275
+# %% ../nbs/39_training.ipynb #7859b294
 def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if None
-                 encoder=None # built here, or loaded from `c.init`, if None
+                 encoder=None, # built here, or loaded from `c.init`, if None
+                 recipe=None # a `Recipe`; that of the configuration if None
                 ):
     "The Learner of a configuration; its data is `learn.dls`, with `.splits`"
     if encoder is None: c = settle(c)
     if not usable(c.device):
         raise ValueError(f'there is no device {c.device!r} here, but cpu' + (' and cuda' if torch.cuda.is_available() else ''))
-    splits, recipe, patches = splits or open_config_data(c), config_recipe(c), getattr(c, 'augment', 'none')
+    splits, recipe, patches = splits or open_config_data(c), recipe or config_recipe(c), getattr(c, 'augment', None)
     labels = not isinstance(c, Pretrain) # a joint run takes unlabelled images too
     extra = [a] if (a := parse_augment(getattr(c, 'image_augment', 'none'), splits.img_size)) else []
     workers = c.workers if isinstance(splits.train, (ImageFiles, Shards)) else 0
-    dls = make_dls(splits, c.bs, getattr(c, 'few', None), labels, c.steps, c.seed, (c.scale, 1.), extra, workers, c.device)
+    dls = make_dls(splits, c.bs, getattr(c, 'few', None), labels, c.steps, c.seed, (c.scale, 1.), extra, workers, c.device, c.hold)
     torch.manual_seed(c.seed)
     encoder = encoder or _start(c, splits, dls, recipe)
     common = dict(recipe=recipe, amp=c.amp, seed=c.seed)
-    augment = parse_augment(patches, encoder.p) or False
+    augment = patches is not None and patches.lower() != 'none' # which the recipe holds
+    if patches: parse_augment(patches, 1)
     if isinstance(c, Finetune):
         learn = finetune_learner(dls, encoder, pool=c.pool, smoothing=c.smoothing, freeze=c.freeze, **common)
     elif isinstance(c, Joint):
-        learn = joint_learner(dls, encoder, parse_tasks(c.tasks), pool=c.pool, leak=c.leak or False, mega=c.mega, augment=augment,
-                              permute=c.permute, **common)
-    else: learn = pretrain_learner(dls, encoder, parse_tasks(c.tasks), mega=c.mega, augment=augment, permute=c.permute,
-                                   pos_embed=c.pos_embed, **common)
+        learn = joint_learner(dls, encoder, config_tasks(c), pool=c.pool, leak=c.leak or False, mega=c.mega, augment=augment,
+                              permute=c.permute, add_cls=c.add_cls, **common)
+    else: learn = pretrain_learner(dls, encoder, config_tasks(c), mega=c.mega, augment=augment, permute=c.permute,
+                                   pos_embed=c.pos_embed, add_cls=c.add_cls, **common)
+    learn.faster(compile=c.compile, channels_last=c.channels_last, fused=c.fused, accumulate=c.accumulate)
     if learn.model.grid == (1, 1) and any(t.view == 'patches' for t in learn.model.tasks.values()):
         raise ValueError(f'{splits.img_size} pixels are one patch of {encoder.p}, and one patch has no relations: choose a smaller p')
     splits.p = encoder.p if isinstance(encoder.p, int) else splits.p
     return learn
 
-# %% ../nbs/39_training.ipynb #b98dc5fa
+# %% ../nbs/39_training.ipynb #d5c97db2
 @dataclass
 class Plan:
     "What a configuration would do"
@@ -370,7 +413,7 @@ def plan(c:Config) -> Plan:
     return Plan(c, learn.dls.splits, model.grid, size(model.encoder), size(model.tasks), len(learn.dls.train), seconds,
                 weights + 3*sum(train) + kept[0]//2, model)
 
-# %% ../nbs/39_training.ipynb #6b78a473
+# %% ../nbs/39_training.ipynb #8e683737
 class Console(Callback):
     "Tells a terminal, or a program that reads along, how a run goes. Reads `learn.train_iter`, `.record_run`"
     order, run_valid = 110, False
@@ -395,7 +438,7 @@ class Console(Callback):
         return f"epoch {m['epoch'] + 1:3d} of {self.learn.n_epoch}, {m['seconds']:.0f} s: loss {m['train']['loss']:.3f}, " \
                f"held out {m['valid'].get('loss') or float('nan'):.3f}; {', '.join(said)}"
 
-# %% ../nbs/39_training.ipynb #08fd4af4
+# %% ../nbs/39_training.ipynb #f30f65bd
 def _folder(c):
     "A folder of its own for a run"
     out, stem = Path(c.out), c.name or f'{c.mode}-{Path(c.data).name.removeprefix("hf:")}-{c.encoder.split("_patch")[0]}'
@@ -408,23 +451,36 @@ def train(c:Config=None, # what to do
           cbs=None) -> Run:
     "Do one run, from its configuration or from where it was left. Raises before any work is lost"
     if tell not in ('notebook', 'console', 'nothing'): raise ValueError(f"tell is 'notebook', 'console' or 'nothing', not {tell!r}")
+    several, device = together(), {}
+    if several:
+        device = dict(device=join(c.device if c else None))
+        if several['rank']: tell = 'nothing'
     if resume:
         run = Run(resume)
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
-        c = config_of(run)
-        learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None)
+        c = config_of(run).but(**device)
+        learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None,
+                             recipe=Recipe.of(run.recipe) if run.recipe else None)
         _same_data(run, learn.dls.splits)
     else:
-        c = settle(c)
-        Run.free(_folder(c))
+        c = settle(c.but(**device))
+        folder = same_for_all(_folder(c)) if several else _folder(c)
+        Run.free(folder)
         learn = make_learner(c)
-        run = Run.create(_folder(c), c.asdict(), json.loads(json.dumps(learn.dls.splits.report())))
+        report = json.loads(json.dumps(learn.dls.splits.report()))
+        if several: torch.distributed.barrier() # all have seen that it is free
+        if not several.get('rank'): Run.create(folder, c.asdict(), report, learn.recipe.asdict())
+        if several: torch.distributed.barrier()
+        run = Run(folder)
     recorder = RecordRun(run, resume=run.last.exists(), every=c.every, seed=c.seed) # else killed before its first state
     with ExitStack() as stack:
-        if not resume: stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
+        if not resume and not several.get('rank'): stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
         if tell != 'notebook':
             for silence in (learn.no_bar(), learn.no_logging()): stack.enter_context(silence)
-        learn.fit_recipe(c.epochs, cbs=[recorder, *([Console()] if tell == 'console' else []), *(cbs or [])])
+        if several: learn.add_cb(Distributed())
+        elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
+        learn.fit_recipe(c.epochs, cbs=[recorder, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
+    if several.get('rank'): return run
     if 'relations' in learn.model.tasks:
         write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
         plt.close()
@@ -454,7 +510,7 @@ def show_learnt(learn, i=0 # which validation image
     show_relations(found.cpu(), axs[2], f'predicted: {(found == truth).float().mean():.0%} right')
     return fig
 
-# %% ../nbs/39_training.ipynb #8fa32a71
+# %% ../nbs/39_training.ipynb #ed76883b
 def load_model(run, # `Run` or its folder
                weights='last') -> RelViT: # or 'best', of the epoch that was best on the held-out part
     "The model of a run, ready to use; `.vocab` names its classes. Raises FileNotFoundError where it saved none yet"
@@ -464,9 +520,9 @@ def load_model(run, # `Run` or its folder
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
     vocab, encoder = run.data['classes'], load_encoder(path)
     if isinstance(c, Finetune): tasks = [Classification(len(vocab), c.pool)]
-    else: tasks = parse_tasks(c.tasks)
+    else: tasks = config_tasks(c)
     model = RelViT(encoder, tasks, getattr(c, 'pos_embed', False) or getattr(c, 'leak', None) == 'paper',
-                   (c.mega, c.mega) if getattr(c, 'mega', None) else None, len(vocab))
+                   (c.mega, c.mega) if getattr(c, 'mega', None) else None, len(vocab), getattr(c, 'add_cls', False))
     if 'labels' in model.tasks and isinstance(c, Joint) and c.pool and c.pool != model.tasks['labels'].head.pool:
         model.tasks['labels'] = Classification(len(vocab), c.pool).setup(encoder, model.grid)
     load(path, model)
