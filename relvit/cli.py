@@ -59,7 +59,8 @@ def _train(mode, argv):
             p = plan(c)
             return print(p if sys.stdout.isatty() else json.dumps(p.asdict()))
         run = train(c, tell='console')
-    return _tell(run, mode)
+    from relvit.distributed import together
+    return 0 if together().get('rank') else _tell(run, mode) # of several processes one speaks
 
 def _tell(run, mode):
     "What is there now, and what can be done with it"

@@ -9,13 +9,15 @@ from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib
 from .data import ImageLoader
 from .tasks import bare
-try: from fastai.distributed import DistributedTrainer
-except (ImportError, NameError): DistributedTrainer = None # without accelerate
 
 # %% auto #0
 __all__ = ['Distributed', 'together', 'join', 'same_for_all']
 
-# %% ../nbs/37_distributed.ipynb #e619be8c
+# %% ../nbs/37_distributed.ipynb #b01927dc
+try: from fastai.distributed import DistributedTrainer
+except (ImportError, NameError): DistributedTrainer = None # without accelerate
+
+# %% ../nbs/37_distributed.ipynb #bde6ed06
 class Distributed(DistributedTrainer or Callback):
     """Shares each batch of `learn.dls.train` out to the processes. Wraps `learn.model` while it trains; sets `learn.loss` and the
     model's `scores` to their means over all processes, and reads and sets `learn.record_run.stop`. Raises ValueError for a batch that
@@ -46,7 +48,7 @@ class Distributed(DistributedTrainer or Callback):
 
     def __repr__(self): return f'Distributed({num_distrib() or 1} processes)'
 
-# %% ../nbs/37_distributed.ipynb #bde6ed06
+# %% ../nbs/37_distributed.ipynb #ae943f2b
 def together() -> dict: # rank, world; {} for a process of its own
     "What `torchrun` or `accelerate launch` says to this process"
     return dict(rank=rank_distrib(), world=num_distrib()) if num_distrib() > 1 else {}

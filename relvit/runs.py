@@ -4,7 +4,7 @@
 
 # %% ../nbs/36_runs.ipynb #9adc6b0b
 from __future__ import annotations
-import json, math, os, platform, random, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
+import json, math, os, platform, random, shutil, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.torch_core import rank_distrib
@@ -71,6 +71,7 @@ class Run:
         "Take away what `create` wrote, of a run that was never begun"
         if self.last.exists(): raise ValueError(f'{self.path} was begun; delete it yourself')
         for f in ('config.json', 'data.json', 'recipe.json', 'environment.json', 'log.txt'): (self.path/f).unlink(missing_ok=True)
+        for f in ('tensorboard', 'wandb'): shutil.rmtree(self.path/f, ignore_errors=True)
         self.path.rmdir()
 
     def _json(self, name):
@@ -327,7 +328,12 @@ def tracker(kind, # 'tensorboard' (into the run folder) or 'wandb' (where its ow
     try:
         if kind == 'tensorboard':
             from fastai.callback.tensorboard import TensorBoardCallback
-            return TensorBoardCallback(run.path/'tensorboard', trace_model=False, log_preds=False)
+            class Board(TensorBoardCallback):
+                "fastai's writes every field of torch's optimisers, and some are no numbers"
+                run_valid = False
+                def after_batch(self):
+                    for k, v in dict(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr']).items(): self.writer.add_scalar(k, v, self.train_iter)
+            return Board(run.path/'tensorboard', trace_model=False, log_preds=False)
         if kind == 'wandb':
             import wandb
             from fastai.callback.wandb import WandbCallback
@@ -360,7 +366,7 @@ def plot_metrics(rows:dict): # name -> one dict an epoch, as in `metrics.jsonl`
     fig, axs = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.6), squeeze=False)
     for ax, k in zip(axs[0], keys):
         for name, ms in rows.items():
-            line, = ax.plot([m['epoch'] + 1 for m in ms], [m['valid'].get(k) for m in ms], '.-', label=name)
+            line, = ax.plot([m['epoch'] + 1 for m in ms], [m['valid'].get(k) for m in ms], '.-', label=name if len(rows) > 1 else None)
             if k == 'loss': ax.plot([m['epoch'] + 1 for m in ms], [m['train'].get(k) for m in ms], '--', lw=1, color=line.get_color())
         guess = next((m['chance'][k] for m in last if k in m['chance']), None)
         if guess is not None: ax.axhline(guess, color='k', lw=1, ls=':', label='a guess')

@@ -480,11 +480,11 @@ def train(c:Config=None, # what to do
         if several: learn.add_cb(Distributed())
         elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
         learn.fit_recipe(c.epochs, cbs=[recorder, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
-    if several.get('rank'): return run
+    run.stopped = recorder.stop
+    if several.get('rank'): return run # the first process does the rest
     if 'relations' in learn.model.tasks:
         write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
         plt.close()
-    run.stopped = recorder.stop
     return run
 
 def _same_data(run, splits):

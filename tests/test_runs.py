@@ -50,7 +50,8 @@ def same(a, b):
 MODES = dict(
     pretrain=lambda **k: Pretrain(**tiny, augment='colJitter:0.5-grayScale:0.2', permute=True, mega=3, **k),
     finetune=lambda **k: Finetune(**tiny, smoothing=.1, image_augment='colJitter:0.8', **k),
-    joint=lambda **k: Joint(**tiny, tasks=('labels', 'relations', 'angles=.5'), **k))
+    joint=lambda **k: Joint(**tiny, tasks=('labels', 'relations', 'angles=.5'), **k),
+    modern=lambda **k: Joint(**tiny, recipe='modern', recipe_args=('layer_decay=.7',), accumulate=2, **k)) # 5 batches: one is left over
 
 
 @pytest.mark.parametrize('workers', [0, 2])
