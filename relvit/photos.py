@@ -19,8 +19,9 @@ from .runs import provenance
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['ROWS', 'ARMS', 'PAIRS', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_long',
-           'arm_supervised_plain', 'arm_relvit', 'arm_relvit_labelled', 'arm_joint', 'gains', 'study']
+__all__ = ['ROWS', 'ARMS', 'PAIRS', 'MODERN', 'Photos', 'photos', 'arm_supervised', 'arm_supervised_all', 'arm_supervised_long',
+           'arm_supervised_plain', 'arm_relvit', 'arm_relvit_labelled', 'arm_joint', 'arm_modern_supervised',
+           'arm_modern_supervised_long', 'arm_modern_relvit', 'arm_modern_joint', 'gains', 'study']
 
 # %% ../nbs/62_photos.ipynb #e2c7efd4
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Photos:
     @property
     def all_steps(self): return self.pretrain + self.finetune
     def steps_of(self, arm):
-        return dict(supervised=self.finetune, supervised_long=2*self.all_steps, relvit=self.all_steps + self.finetune).get(arm, self.all_steps)
+        return dict(supervised=self.finetune, supervised_long=2*self.all_steps, relvit=self.all_steps + self.finetune,
+                    modern_supervised_long=2*self.all_steps, modern_relvit=2*self.all_steps).get(arm, self.all_steps)
     def recipe(self, lr, wd=.05): return get_recipe('default').but(name='photos', lr=lr, final_lr=lr/100, wd=wd)
     def encoder(self, dls, drop_path=0.):
         return TokenEncoder('vit_tiny_patch16_224', img_size=32, p=self.p, pos_std=.2, mean=dls.mean, std=dls.std,
@@ -63,6 +65,9 @@ ROWS = dict( # name: what it is, in the words of the table
     frozen='frozen RelViT features, logistic regression',
     frozen_knn='frozen RelViT features, 20 nearest neighbours',
     random='frozen features of a random encoder, logistic regression',
+    modern_relvit='modern: RelViT, then finetuned', modern_relvit_long='modern: RelViT, then finetuned for all steps',
+    modern_supervised='modern: supervised, all steps', modern_supervised_long='modern: supervised, twice all steps',
+    modern_joint='modern: joint, all steps, two passes each',
     pixels_logistic='logistic regression on pixels', pixels_knn='10 nearest neighbours on pixels', majority='majority class')
 
 # %% ../nbs/62_photos.ipynb #b2e63b8b
@@ -129,17 +134,46 @@ def arm_joint(cfg, seed, tell, out):
     learn.model.tasks['labels'].smoothing = cfg.smoothing
     return dict(joint=accuracy_on(fit_arm(learn, tell)))
 
-# %% ../nbs/62_photos.ipynb #f9c34883
+# %% ../nbs/62_photos.ipynb #0d9e14d2
+def _modern(cfg, seed, steps, tell, make=finetune_learner, encoder=None):
+    recipe, dls = get_recipe('modern'), photos(cfg, seed, steps, cfg.labels, plain=True) # its augmentation comes with the recipe
+    torch.manual_seed(seed)
+    return fit_arm(make(dls, encoder or cfg.encoder(dls, recipe.drop_path), pool=cfg.pool, recipe=recipe, seed=seed), tell)
+
+def arm_modern_supervised(cfg, seed, tell, out):
+    "All steps on labels"
+    return dict(modern_supervised=accuracy_on(_modern(cfg, seed, cfg.all_steps, tell)))
+
+def arm_modern_supervised_long(cfg, seed, tell, out):
+    "Twice all steps on labels"
+    return dict(modern_supervised_long=accuracy_on(_modern(cfg, seed, 2*cfg.all_steps, tell)))
+
+def arm_modern_relvit(cfg, seed, tell, out):
+    "Pretrain on all images without labels, finetune on few: as long as elsewhere, and for all steps"
+    encoder = _pretrained(cfg, seed, tell).model.encoder
+    return {f'modern_relvit{name}': accuracy_on(_modern(cfg, seed, steps, tell, encoder=encoder))
+            for name, steps in (('', cfg.finetune), ('_long', cfg.all_steps))}
+
+def arm_modern_joint(cfg, seed, tell, out):
+    "Labels and relations at once; the relation tasks see images that are not mixed"
+    return dict(modern_joint=accuracy_on(_modern(cfg, seed, cfg.all_steps, tell, joint_learner)))
+
+# %% ../nbs/62_photos.ipynb #7d140714
 ARMS = {a: globals()[f'arm_{a}'] for a in ('relvit', 'supervised_all', 'supervised_long', 'supervised_plain', 'joint', 'relvit_labelled', 'supervised')}
 
 PAIRS = [('relvit', 'supervised_all', 'equal compute'), ('relvit', 'supervised', 'pretraining comes on top'),
          ('relvit', 'supervised_long', 'half its compute'), ('joint', 'supervised_long', 'equal compute: a joint step passes twice'),
          ('joint', 'relvit', 'more compute, fewer images'), ('relvit', 'relvit_labelled', 'the worth of 43,000 unlabelled images'),
-         ('relvit_plain', 'supervised_plain', 'equal compute, a weak baseline')]
+         ('relvit_plain', 'supervised_plain', 'equal compute, a weak baseline'),
+         ('modern_relvit', 'modern_supervised', 'equal compute'), ('modern_relvit_long', 'modern_supervised_long', '90 % of its compute'),
+         ('modern_joint', 'modern_supervised_long', 'equal compute: a joint step passes twice'),
+         ('modern_joint', 'modern_supervised', 'equal steps')]
+
+MODERN = {a: globals()[f'arm_{a}'] for a in ('modern_relvit', 'modern_supervised_long', 'modern_joint', 'modern_supervised')}
 
 def gains(results) -> list[str]:
     "The paired differences that the study is about, in points"
-    short = lambda n: ROWS[n].split(':')[0].split(' (')[0]
+    short = lambda n: ROWS[n] if n.startswith('modern') else ROWS[n].split(':')[0].split(' (')[0]
     return [f'{short(a)} over {short(b)} ({why}): {gain(results[a], results[b])}' for a, b, why in PAIRS if a in results and b in results]
 
 @call_parse
@@ -148,10 +182,11 @@ def study(root:str, # folder that holds cifar-10-batches-py
           record:str='photos.json', # file for the numbers
           keep:str=None, # folder that keeps finished arms, so that a second call goes on
           workers:int=None, # processes side by side
+          modern:bool=False, # the arms of the recipe 'modern' alone
           quick:bool=False): # a few steps, to see that everything runs; the numbers mean nothing
     "Is pretraining on relations worth it on CIFAR-10 with 200 labels a class?"
     began, origin = time.time(), provenance()
     cfg = Photos(root, pretrain=6, finetune=4, dim=24, depth=1, labels=10) if quick else Photos(root)
-    results = run_arms(ARMS, list(range(first, first + seeds)), cfg, workers=workers, keep=keep)
+    results = run_arms(MODERN if modern else ARMS, list(range(first, first + seeds)), cfg, workers=workers, keep=keep)
     write_record(record, results, range(first, first + seeds), replace(cfg, root='cifar-10'), seconds=round(time.time() - began), **origin)
     print(table(results, ROWS), *gains(results), sep='\n')
