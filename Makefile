@@ -30,13 +30,15 @@ record: setup
 	$(BIN)/python -W ignore -m relvit.demo --all --first 10 --record results/demo.json
 	cp demo/demo.png nbs/images/demo.png
 
-# an hour on 2 cores; a second call goes on where the first was stopped
+# two hours on 2 cores; a second call goes on where the first was stopped
 study: setup
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --record results/photos.json --keep runs/photos
+	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --modern --record results/modern.json --keep runs/photos
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/widgets.py
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/train.py
 
 # execute every notebook in place, keep light outputs, export the package, write README.md
 notebooks: setup

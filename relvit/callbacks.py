@@ -8,6 +8,7 @@ import warnings, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
+from fastai.torch_core import num_distrib
 from fastcore.basics import store_attr
 from .augment import ImageAugment, PatchAugment
 from .patches import grid_of, mega_patches, permute, positions, random_perms
@@ -165,7 +166,7 @@ class MixImages(ImageCallback):
 # %% ../nbs/33_callbacks.ipynb #ac523b73
 class AverageWeights(Callback):
     "An exponential mean of all weights, in `learn.model.ema`. Reads and sets `learn.model`; reads `learn.train_iter`"
-    order = 65
+    order = 55 # before anything of fastai's keeps or loads weights
     def __init__(self, decay=.9998): self.decay = decay # of a long run; short ones forget faster (timm's warm-up)
 
     def before_fit(self):
@@ -176,15 +177,21 @@ class AverageWeights(Callback):
 
     def after_step(self):
         model = bare(self.learn.model)
-        model.ema.update(model, self.learn.train_iter + 1)
+        batches = getattr(getattr(self.learn, 'accumulate', None), 'batches', 1)
+        model.ema.update(model, self.learn.train_iter//batches + 1)
     def __repr__(self): return f'AverageWeights({self.decay})'
 
 # %% ../nbs/33_callbacks.ipynb #d0a7d63b
 class Accumulate(GradientAccumulation):
-    "An optimiser step for every so many batches, of which fastai counts the images. Reads `learn.dls`; sets `learn.loss_grad`"
+    """An optimiser step for every so many batches, of which fastai counts the images. Reads `learn.dls`; sets `learn.loss_grad`.
+    Raises ValueError for more batches than an epoch has"""
     run_valid = False
     def __init__(self, batches): self.batches = batches
-    def before_fit(self): self.n_acc, self.count = self.batches*self.learn.dls.train.bs, 0
+    def before_fit(self):
+        dl = self.learn.dls.train
+        if self.batches > len(dl): raise ValueError(f'an epoch has {len(dl)} batches, so no step would ever take {self.batches} of them')
+        share = dl.bs if getattr(dl, 'drop_last', True) else min(dl.bs, len(dl.dataset))
+        self.n_acc, self.count = self.batches*share//(num_distrib() or 1), 0
     def before_train(self): self.count = 0
     def after_train(self): self.learn.opt.zero_grad()
     def __repr__(self): return f'Accumulate({self.batches})'

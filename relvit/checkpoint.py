@@ -121,6 +121,7 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
     report.taken, report.missing = list(new), [n for n in mine if n not in new]
     if not any('model.' in n for n in new): raise ValueError(f'no weight of the encoder fits: {report!r}')
     model.load_state_dict({**mine, **new})
+    if getattr(model, 'ema', None) is not None and not any(n.startswith(MEAN) for n in new): model.ema.set(model)
     return report
 
 def _resized(model, w, meta):

@@ -99,7 +99,7 @@ class ImageLoader(DataLoader):
     def hold(self, most=8.): # GB
         "Keep pixels and labels in the device's memory, where they are in ours and fit; batches are then cut there"
         ds = self.dataset
-        if type(ds) is Images and ds.x.nbytes < most*1e9: self.held = ds.x.to(self.device), ds.y.to(self.device)
+        if type(ds) is Images and ds.x.nbytes < most*1e9 and not self.fake_l.num_workers: self.held = ds.x.to(self.device), ds.y.to(self.device)
         return self
 
     def after_batch(self, b):
@@ -141,7 +141,12 @@ def image_dls(train, # `Images` or `ImageFiles` to train on
     many_at_once = max(bs, min(256, 2**21//(h*w))) # no gradients are kept, but large images have many tokens
     rest = [make(ds)(ds, bs=many_at_once, augment=Augment(*plain)) for ds in (valid, test) if ds is not None]
     hold = (8. if torch.device(device).type == 'cuda' else 0.) if hold is None else hold
-    dls = DataLoaders(*(dl.hold(hold) for dl in (first, *rest)), device=device)
+    if torch.device(device).type == 'cuda': hold = min(hold, torch.cuda.mem_get_info(device)[0]/2e9) # the network needs the rest
+    loaders = [first, *rest]
+    for dl in loaders:
+        dl.hold(hold)
+        if dl.held: hold -= dl.dataset.x.nbytes/1e9
+    dls = DataLoaders(*loaders, device=device)
     dls.test = dls.loaders[2] if test is not None else None
     dls.vocab, dls.c, dls.channels = train.vocab, len(train.vocab), train.shape[0]
     dls.img_size = (size, size) if size else train.shape[1:]

@@ -23,7 +23,8 @@ from .tasks import Classification, RelViT, bare, make_tasks
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['AdamW', 'split_parameters', 'make_encoder', 'pretrain_learner', 'FreezeEncoder', 'finetune_learner', 'joint_learner']
+__all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 'pretrain_learner', 'FreezeEncoder',
+           'finetune_learner', 'joint_learner']
 
 # %% ../nbs/35_learner.ipynb #764b8fd9
 class AdamW(torch.optim.AdamW):
@@ -55,11 +56,21 @@ def split_parameters(model, layers=False # a group a layer, from the pixels up
     return L(*[groups[d] for d in sorted(groups)], list(model.tasks.parameters()))
 
 # %% ../nbs/35_learner.ipynb #6d01b783
+def encoder_of(source):
+    "The encoder of a Learner or a `RelViT`, averaged where its weights are; anything else as it is"
+    model = bare(getattr(source, 'model', source)) if isinstance(source, Learner) else source
+    if not isinstance(model, RelViT): return model
+    if model.ema is None: return model.encoder
+    mean = copy.deepcopy(model.averaged.encoder)
+    for w, trained in zip(mean.parameters(), model.encoder.parameters()): w.requires_grad_(trained.requires_grad)
+    return mean
+
 def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
                  dls, # for channels, image size, mean and std, where it says them
                  recipe, **kwargs # for `TokenEncoder`
                 ) -> TokenEncoder:
-    "An encoder that fits the data"
+    "An encoder that fits the data; of a Learner or a RelViT the one that counts, which may be averaged"
+    encoder = encoder_of(encoder)
     if isinstance(encoder, TokenEncoder):
         if kwargs := {k: v for k, v in kwargs.items() if v is not None}:
             raise ValueError(f'this encoder is built already: {", ".join(kwargs)} came too late')
@@ -91,25 +102,29 @@ def _learner(dls, model, recipe, amp, cbs, **kwargs):
     learn.recipe = recipe
     return learn
 
+FITTED = 'name version says epochs bs lr final_lr betas wd decay_all warmup schedule clip layer_decay'.split() # what a fit may change
+
 @patch
 def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
                recipe=None, # a `Recipe` or its name; the Learner's own if None
                cbs=None):
-    "Train by a recipe: its optimiser, its schedule over all steps, its clipping"
+    "Train by a recipe: its optimiser, its schedule over all steps, its clipping. Raises ValueError where another would change more"
     recipe = get_recipe(recipe or self.recipe)
+    if more := [k for k, v in self.recipe.asdict().items() if k not in FITTED and getattr(recipe, k) != v]:
+        raise ValueError(f'{recipe.name} differs in {", ".join(more)}, which the Learner was built with: give it there, as recipe={recipe.name!r}')
     if recipe != self.recipe or self.opt is None: # another recipe means another optimiser
         self.recipe = recipe
         for k, v in _optimised(recipe).items(): setattr(self, k, v)
         self.create_opt()
     below = range(len(self.opt.hypers) - 1, -1, -1)
     lr = recipe.lr_at if recipe.layer_decay == 1 else lambda t: [recipe.lr_at(t)*recipe.layer_decay**d for d in below]
-    self.fit(n_epoch or recipe.epochs, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler({'lr': lr}), GradientClip(recipe.clip)])
+    self.fit(n_epoch or recipe.epochs, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler({'lr': lr})] + ([GradientClip(recipe.clip)] if recipe.clip else []))
 
 # %% ../nbs/35_learner.ipynb #5bebdf82
 def _patch_callbacks(encoder, mega, augment, permute, recipe):
     "The callbacks that change patches, as asked for"
-    if permute is None: permute = not encoder.is_vit
-    if mega: mega = dict(same_cuts=recipe.same_cuts) | (mega if isinstance(mega, dict) else dict(side=mega))
+    if permute is None: permute = not encoder.is_vit if recipe.permute is None else recipe.permute
+    if mega: mega = dict(same_cuts=recipe.same_cuts, antialias=recipe.antialias) | (mega if isinstance(mega, dict) else dict(side=mega))
     released = recipe.jitter == 'normalised'
     stats = tuple(getattr(encoder, k).flatten().tolist() for k in ('mean', 'std')) if released else None
     if augment is True: augment = parse_augment(recipe.augment, encoder.p, stats=stats)
@@ -158,7 +173,7 @@ def _at_size_of(dls, encoder):
     return encoder if size == tuple(encoder.img_size) else encoder.resize(size)
 
 def finetune_learner(dls, # fastai `DataLoaders` with labels
-                     encoder, # `TokenEncoder` (copied), timm model, or a name
+                     encoder, # `TokenEncoder` (copied), the Learner that pretrained it, timm model, or a name
                      classes:int=None, # from the data if None
                      pool=None, # where the classifier looks: 'cls', 'mean' or 'flat', see `ClassHead`
                      smoothing:float=None, # of labels; the recipe's if None
@@ -170,6 +185,7 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     "A Learner that trains an encoder on labels, with positions"
     if seed is not None: torch.manual_seed(seed)
     recipe, classes = get_recipe(recipe), classes or getattr(dls, 'c', None)
+    encoder = encoder_of(encoder)
     if isinstance(encoder, TokenEncoder): encoder = _at_size_of(dls, copy.deepcopy(encoder))
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     smoothing, zero = (own if said is None else said for said, own in ((smoothing, recipe.smoothing), (zero, recipe.zero_head)))
@@ -189,9 +205,10 @@ def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # se
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
     leak = recipe.leak and 'paper' if leak is None else leak
+    built = any(isinstance(t, Classification) for t in (tasks.values() if isinstance(tasks, dict) else tasks)) # by hand, as it shall be
     tasks = make_tasks(tasks, classes or getattr(dls, 'c', None))
     if 'labels' in tasks:
-        tasks['labels'].smoothing = tasks['labels'].smoothing or recipe.smoothing
+        if not built: tasks['labels'].smoothing, tasks['labels'].zero = recipe.smoothing, recipe.zero_head
         if pool: tasks['labels'].pool = pool
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega, encoder), add_cls=add_cls)
@@ -205,13 +222,13 @@ def faster(self:Learner, amp=False, # forward and loss in bfloat16 where it is s
            compile=False, # torch.compile the encoder: some seconds once, and again for every new image size
            channels_last=False, # kernels of convolutions with channels last: for convolutional stems
            fused=True, # attention as one kernel; False: as its formula is written
-           accumulate=1 # batches to an optimiser step, where a large batch does not fit
+           accumulate=1 # batches to an optimiser step, where a large batch does not fit; what is left of an epoch is dropped
           ) -> Learner:
     "Turn on what pays on this machine. Raises ValueError for less than one batch a step"
     if accumulate < 1: raise ValueError(f'accumulate counts batches, so it is 1 or more, not {accumulate}')
     encoder = self.model.encoder
     for m in encoder.modules():
-        if hasattr(m, 'fused_attn'): m.fused_attn = fused
+        if hasattr(m, 'fused_attn') and not fused: m.fused_attn = False # else timm knows best
     if channels_last: encoder.to(memory_format=torch.channels_last)
     if compile: encoder.compile()
     if amp and not hasattr(self, 'auto_cast'): self.add_cb(AutoCast())

@@ -31,8 +31,8 @@ SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr)
 CHOICES = dict(schedule=tuple(SCHEDULES), policy=('none', 'randaugment', 'autoaugment'), jitter=('pixels', 'normalised'),
                splits=('held-out', 'reference'))
 RANGES = ( # what must hold, and for what
-    ('above 0', lambda v: 0 < v < float('inf'), 'lr clip epochs bs'),
-    ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd mixup cutmix'),
+    ('above 0', lambda v: 0 < v < float('inf'), 'lr epochs bs'),
+    ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd clip mixup cutmix'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing erase ema warmup'),
     ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'layer_decay'),
     ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
@@ -54,7 +54,7 @@ class Recipe:
     decay_all:bool = False # decay biases, norms and embeddings too, as the released code does
     warmup:float = .1 # share of the steps
     schedule:str = 'cosine' # 'cosine' or 'reference'
-    clip:float = 1. # largest norm of the whole gradient
+    clip:float = 1. # largest norm of the whole gradient; 0 for none
     layer_decay:float = 1. # learning rate of each layer over that of the one above it
     ema:float = 0. # decay of averaged weights, which are the ones that count then; 0 for none
     # regularisation, where labels are learnt
@@ -70,9 +70,12 @@ class Recipe:
     augment:str = 'colJitter:0.8-grayScale:0.2' # of each patch by itself
     jitter:str = 'pixels' # where its colours change: in 'pixels', or 'normalised', as released: most of it is lost then
     same_cuts:bool = False # mega-patches: columns are cut where rows are, as released
+    antialias:bool = True # mega-patches: filtered where they shrink; the released code's library did not
+    permute:bool|None = None # shuffle patches; if None, where the encoder cannot help knowing places. Never, as released
     leak:bool = False # joint training: relation tasks see the positions of unshuffled patches, as released
     # data
     splits:str = 'held-out' # 'reference': choose on what is reported on, as released
+    flip:bool|None = None # mirror training images; if None, where their class survives it. Always, as released: digits too
 
     def __post_init__(self):
         for k, allowed in CHOICES.items():
@@ -80,6 +83,8 @@ class Recipe:
         for what, holds, names in RANGES:
             for k in names.split():
                 if not holds(v := getattr(self, k)): raise ValueError(f'{k} must be {what}, not {v}')
+        if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
+            raise ValueError(f'betas must be two numbers from 0 to below 1, not {self.betas}')
 
     def lr_at(self, t:float # share of all steps done
              ) -> float: return SCHEDULES[self.schedule](t, self.lr, self.final_lr, self.warmup)
@@ -100,14 +105,16 @@ def _repr(r):
 Recipe.__repr__ = _repr
 
 # %% ../nbs/30_recipes.ipynb #8270425a
+_mixed = dict(betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25)
 _readme = dict(bs=256, lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, drop_path=.1)
 RECIPES = {r.name: r for r in (
     Recipe('default', says='short and plain: AdamW, warm-up, cosine'),
     Recipe('reference', says="RelViT's released code as it is, defects included", **_readme, schedule='reference', decay_all=True,
-           zero_head=False, jitter='normalised', same_cuts=True, leak=True, splits='reference'),
-    Recipe('paper', says="RelViT's numbers, with the defects of the released code mended", **_readme),
+           zero_head=False, jitter='normalised', same_cuts=True, leak=True, antialias=False, permute=False, flip=True, splits='reference'),
+    Recipe('paper', says="RelViT's numbers, with the defects of the released code mended", **_readme, zero_head=False),
     Recipe('modern', says='a ViT from scratch on a small data set: strong augmentation, mixed labels, averaged weights', bs=128,
-           betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25, ema=.9998))}
+           **_mixed, ema=.9998),
+    Recipe('finetune', says="a pretrained ViT end to end, as in SERE's Table 2 (MAE's numbers)", bs=512, warmup=.05, clip=0., layer_decay=.65, **_mixed))}
 
 # %% ../nbs/30_recipes.ipynb #e7b87845
 def get_recipe(recipe # a `Recipe` or the name of one

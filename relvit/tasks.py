@@ -25,7 +25,7 @@ TASKS = {} # every task by its name
 class Task(nn.Module):
     "A question to the tokens. Say `make_head` and `target`; the rest is classification with classes in dimension 1"
     name = '' # under which `tasks=` finds it
-    view = 'patches' # which view it asks: 'patches' may be shuffled and augmented, 'image' is untouched
+    view = 'patches' # which view it asks: 'patches' may be shuffled and each augmented by itself; 'image' is whole, as a recipe augments it
     shown = ('acc',) # metrics in the table of a Learner
 
     def __init__(self, weight=1.): # its share in the sum of losses
