@@ -164,7 +164,9 @@ def _reproduce(argv):
     elif not argv: raise ValueError('say which table: relvit reproduce table1 --row cifar10 --method relvit')
     wide = lambda d: '\n'.join(f'  {n:<16}{v.says}' for n, v in d.items())
     said = f'RelViT, Table 1: train a row by one method with one seed, and report it on the test set.\n\nrows\n{wide(TABLE1)}\n\nmethods\n{wide(METHODS)}'
+    from relvit.distributed import together
     record = reproduce(tyro.cli(Reproduction, prog='relvit reproduce table1', args=rest, description=said), tell='console')
+    if together().get('rank'): return 0 # of several processes one speaks
     if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
     _show(f"{record['row']}, {record['says']}: {100*record['accuracy']:.2f} % on {record['part']}; "
           f"{record['seen']/record['full']:.1%} of a whole run", record)

@@ -8,6 +8,7 @@ import os, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib
 from .data import ImageLoader
+from .shards import Shards
 from .tasks import bare
 
 # %% auto #0
@@ -20,31 +21,33 @@ except (ImportError, NameError): DistributedTrainer = None # without accelerate
 # %% ../nbs/37_distributed.ipynb #bde6ed06
 class Distributed(DistributedTrainer or Callback):
     """Shares each batch of `learn.dls.train` out to the processes. Wraps `learn.model` while it trains; sets `learn.loss` and the
-    model's `scores` to their means over all processes, and reads and sets `learn.record_run.stop`. Raises ValueError for a batch that
+    model's `scores` to their means over all processes, and reads `learn.record_run.heard` and sets its `stop`, so that all stop after the same step. Raises ValueError for a batch that
     cannot be shared equally, ImportError without accelerate"""
-    def __init__(self, **kwargs): # for `accelerate.Accelerator`
+    def __init__(self, cpu=not torch.cuda.is_available(), **kwargs): # for `accelerate.Accelerator`
         if DistributedTrainer is None: raise ImportError("training on several devices needs accelerate: pip install 'relvit[distributed]'")
         from accelerate import DistributedDataParallelKwargs
         unused = DistributedDataParallelKwargs(find_unused_parameters=True) # positions have no gradient while they are off
-        super().__init__(sync_bn=False, kwargs_handlers=[unused], cpu=not torch.cuda.is_available(), **kwargs)
+        super().__init__(sync_bn=False, kwargs_handlers=[unused], cpu=cpu, **kwargs)
     def _wrap_dl(self, dl): return dl # an `ImageLoader` shares its batches by itself
 
     def before_fit(self):
         dl, world = self.learn.dls.train, num_distrib()
         if not isinstance(dl, ImageLoader): raise ValueError(f'{type(dl).__name__} cannot share its batches; ImageLoader can')
-        if dl.bs % world: raise ValueError(f'a batch of {dl.bs} images cannot be shared equally by {world} processes')
+        if isinstance(dl.dataset, Shards): raise ValueError('shards are a stream that processes cannot share; unpack them into a folder')
+        bs = dl.bs if dl.drop_last else min(dl.bs, len(dl.dataset))
+        if bs % world: raise ValueError(f'a batch of {bs} images cannot be shared equally by {world} processes')
         dl.rank, dl.world = rank_distrib(), world
         super().before_fit()
 
     def after_batch(self):
         if not self.learn.training: return # every process validates on all of it
         model, record = bare(self.learn.model), getattr(self.learn, 'record_run', None)
-        stop = torch.tensor(float(bool(record and record.stop)), device=self.learn.loss.device)
+        stop = torch.tensor(float(bool(record and record.heard)), device=self.learn.loss.device)
         values = torch.stack([stop, self.learn.loss.detach(), *(v.float() for v in model.scores.values())])
         torch.distributed.all_reduce(values)
         self.learn.loss, *scores = (values[1:]/num_distrib()).unbind()
         model.scores = dict(zip(model.scores, scores))
-        if record and values[0] and not record.stop: record.stop = 'SIGTERM' # one was told to stop, so all do
+        if record and values[0]: record.stop = record.heard or 'SIGTERM' # one was told to stop, so all do
 
     def __repr__(self): return f'Distributed({num_distrib() or 1} processes)'
 

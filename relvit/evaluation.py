@@ -8,6 +8,7 @@ import json, torch, pandas as pd
 from dataclasses import dataclass
 from fastai.data.transforms import get_image_files
 from pathlib import Path
+from torch.nn.functional import interpolate
 from .checkpoint import load, load_encoder, write_whole
 from .data import centre
 from .images import Images, Unreadable, read_image
@@ -15,7 +16,7 @@ from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
 from .tokens import TokenEncoder
-from .training import config_of, load_model, make_learner, open_config_data, usable
+from .training import config_of, load_model, make_learner, open_config_data, recipe_of, usable
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'predict']
@@ -55,6 +56,11 @@ def _seen(ds, dls, most=None):
     x = torch.cat([dls.valid.augment(ds.batch(i)[0], torch.Generator()) for i in torch.arange(len(ds)).split(256)]) if len(ds) else ds.x
     return Images(x if x.dtype == torch.uint8 else (x*255).round().byte(), ds.y, ds.vocab, ds.name)
 
+def _pixels(ds, most=64):
+    "(N,d) in [0,1]; images of more than `most` pixels a side are shrunk, as no classifier of pixels gains by more"
+    x = ds.x.float()/255
+    return (interpolate(x, (32, 32), mode='area') if max(x.shape[-2:]) > most else x).flatten(1)
+
 def _random_like(encoder, seed=0):
     "The same network, untrained"
     torch.manual_seed(seed)
@@ -71,7 +77,7 @@ def _by_class(model, dl):
 def evaluate(run, # `Run` or its folder
              part='test', # or 'valid', which the run chose on
              weights='last', # or 'best'
-             most=5000, # labelled training images for what stands beside
+             most=5000, # labelled training images for what stands beside, judged on at most twice as many
              keep=True # write `evaluation-test-last.json` into the run folder
             ) -> Evaluation:
     "Scores of a run and what stands beside them. Raises ValueError where the data has no such part"
@@ -81,7 +87,7 @@ def evaluate(run, # `Run` or its folder
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path = getattr(run, weights)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    learn = make_learner(c if usable(c.device) else c.but(device=None), open_config_data(c), load_encoder(path))
+    learn = make_learner(c if usable(c.device) else c.but(device=None), open_config_data(c), load_encoder(path), recipe_of(run))
     load(path, learn)
     dl = learn.dls.test if part == 'test' else learn.dls.valid
     if dl is None: raise ValueError(f'{run.data["name"]} has no test set; the part that the run chose on is called valid')
@@ -90,11 +96,11 @@ def evaluate(run, # `Run` or its folder
     beside, classes, model = {}, {}, learn.model
     if len(model.tasks) == 1: scores.pop('loss') # which is that of the task
     stream = isinstance(learn.dls.train_ds, Shards) # which cannot be gone through
-    train, test = None if stream else _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls)
+    train, test = None if stream else _seen(learn.dls.train_ds, learn.dls, most), _seen(dl.dataset, learn.dls, 2*most)
     if not stream and len(test) and len(train.y.unique()) > 1:
-        y, ty, (x, tx) = train.y, test.y, (ds.x.flatten(1).float()/255 for ds in (train, test))
-        beside |= {'majority class': (ty == y.mode().values).float().mean().item(), 'pixels, 20 nearest neighbours': knn(x, y, tx, ty),
-                   'pixels, logistic regression': logistic(x, y, tx, ty, C=1e-3)}
+        y, ty, (x, tx) = train.y, test.y, (_pixels(ds) for ds in (train, test))
+        beside |= {'majority class': (ty == y.mode().values).float().mean().item(), 'pixels, 20 nearest neighbours': knn(x, y, tx, ty)}
+        if len(train.vocab) <= 200: beside['pixels, logistic regression'] = logistic(x, y, tx, ty, C=1e-3) # of more classes it takes hours
         if 'labels' in model.tasks: classes = _by_class(model, dl)
         else:
             fresh = _random_like(model.encoder).to(learn.dls.device)

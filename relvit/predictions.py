@@ -13,7 +13,7 @@ from .patches import positions
 from .plots import compass, plt, show_field, show_image, show_matrix, show_patches, show_relations
 from .relations import RELATIONS
 from .runs import plot_metrics
-from .tasks import Directions, Regression, SpatialRelations, Truth
+from .tasks import Directions, Regression, SpatialRelations, Truth, bare
 
 # %% auto #0
 __all__ = ['Reading', 'read', 'scale_of', 'confusion', 'show_confusion', 'WatchRelations']
@@ -165,11 +165,11 @@ class WatchRelations(Callback):
     def after_epoch(self):
         names, (train, *values) = self.learn.recorder.metric_names[2:], self.learn.recorder.values[-1]
         valid = {k.removeprefix('valid_'): v for k, v in zip(names, values)}
-        self.metrics.append(dict(epoch=self.learn.epoch, train=dict(loss=train), valid=valid, chance=self.learn.model.chance()))
+        self.metrics.append(dict(epoch=self.learn.epoch, train=dict(loss=train), valid=valid, chance=bare(self.learn.model).chance()))
         if self.learn.epoch % self.every and self.learn.epoch != self.learn.n_epoch - 1: return
         ds, loader = self.learn.dls.valid_ds, self.learn.dls.valid
         x = loader.augment(ds.batch(torch.tensor([self.i]))[0], torch.Generator())[0]
-        self.readings.append((self.learn.epoch, read(self.learn.model, x)))
+        self.readings.append((self.learn.epoch, read(bare(self.learn.model), x)))
         if not self.draws: return
         from IPython.display import display
         for i, fig in enumerate((self.figure(), self.curves())):

@@ -8,13 +8,14 @@ import difflib, json, statistics, pandas as pd
 from dataclasses import dataclass, fields
 from pathlib import Path
 from .checkpoint import write_whole
+from .distributed import together
 from .evaluation import evaluate
-from .recipes import get_recipe
+from .recipes import RECIPES, Recipe
 from .runs import Run, provenance
-from .training import Finetune, Joint, Pretrain, train
+from .training import Finetune, Joint, Pretrain, change_recipe, settle, train
 
 # %% auto #0
-__all__ = ['TABLE1', 'METHODS', 'Row', 'Method', 'Reproduction', 'reproduce', 'compare_rows']
+__all__ = ['TABLE1', 'METHODS', 'PLACES', 'FLOOR', 'Row', 'Method', 'Reproduction', 'reproduce', 'compare_rows']
 
 # %% ../nbs/63_reproduce.ipynb #b55ab361
 @dataclass(frozen=True)
@@ -24,14 +25,15 @@ class Row:
     says:str
     supervised:tuple # mean, spread
     relvit:tuple
+    floor:float|None = None # of a plain ViT, 192 wide, 9 deep, 12 heads, with a recipe like `'modern'`
     encoder:str = 'vit_small_patch16_224'
 
 TABLE1 = {r.data: r for r in (
-    Row('cifar10', 'CIFAR-10, ViT-S/4', (86.09, .46), (90.23, .09)),
-    Row('svhn', 'SVHN, ViT-S/4', (96.01, .07), (97.14, .03)),
-    Row('cifar100', 'CIFAR-100, ViT-S/4', (59.19, .84), (64.99, .46)),
+    Row('cifar10', 'CIFAR-10, ViT-S/4', (86.09, .46), (90.23, .09), 93.6),
+    Row('svhn', 'SVHN, ViT-S/4', (96.01, .07), (97.14, .03), 97.8),
+    Row('cifar100', 'CIFAR-100, ViT-S/4', (59.19, .84), (64.99, .46), 73.8),
     Row('flowers102', 'Flower-102, ViT-S/32', (42.08, .29), (45.78, .75)),
-    Row('tiny_imagenet', 'Tiny-ImageNet, ViT-S/8', (43.19, .78), (51.98, .20)),
+    Row('tiny_imagenet', 'Tiny-ImageNet, ViT-S/8', (43.19, .78), (51.98, .20), 57.1),
     Row('imagenet100', 'ImageNet-100, ViT-S/32', (58.04, .91), (66.46, .45)),
     Row('imagenet', 'ImageNet-1k, ViT-S/32', (65.34, None), (68.28, None)))}
 
@@ -49,7 +51,7 @@ METHODS = dict({
     'supervised': Method('labels alone', (('finetune', {}, 1),)),
     'supervised-long': Method('labels alone, for as long as RelViT in all', (('finetune', {}, 2),)),
     'relvit': _relvit('RelViT: relations and positions, then labels'),
-    'joint': Method('labels and relations at once, leak-free', (('joint', {}, 1),)),
+    'joint': Method('labels and relations at once, leak-free', (('joint', dict(recipe_args=('leak=false',)), 1),)),
     'joint-leak': Method('labels and relations at once, as released: positions on, nothing shuffled', (('joint', dict(leak='paper'), 1),)),
     'relations': _tasks('relations'), 'positions': _tasks('positions'), 'distances': _tasks('distances'), 'angles': _tasks('angles'),
     'four-tasks': _tasks('relations', 'distances', 'angles', 'positions'),
@@ -59,7 +61,7 @@ METHODS = dict({
     'add-cls': _relvit('RelViT, class token added to patches', add_cls=True),
     'diagonal': _relvit('RelViT pretrained with tokens that see themselves only', attn_mask='diagonal'),
     'diagonal-cls': _relvit('RelViT pretrained with tokens that see themselves only, class token all', attn_mask='diagonal_cls'),
-    'layer-decay': Method('RelViT, finetuned with a layer-wise learning rate (decay .65)', (('pretrain', {}, 1), ('finetune', dict(layer_decay=.65), 1))),
+    'layer-decay': Method('RelViT, finetuned with a layer-wise learning rate (decay .65)', (('pretrain', {}, 1), ('finetune', dict(recipe_args=('layer_decay=.65',)), 1))),
 }, **{f'mega-{m}': _relvit(f'RelViT on {m} x {m} mega-patches', mega=m) for m in (3, 4, 5, 6)})
 
 def _known(what, name, of):
@@ -74,7 +76,7 @@ class Reproduction:
     row:str = 'cifar10' # of Table 1: a data set
     method:str = 'relvit' # of `METHODS`
     seed:int = 0
-    recipe:str = 'paper' # or reference, modern, default
+    recipe:str = 'paper' # or reference, modern, finetune, default
     root:Path|None = None # folder that holds the data set
     epochs:int|None = None # of each stage, for a shorter run; the recipe's
     steps:int|None = None # batches of an epoch, for a shorter run
@@ -84,45 +86,56 @@ class Reproduction:
     encoder:str|None = None # another one than the row's
     encoder_args:tuple[str, ...] = () # changes of the encoder, like depth=6 embed_dim=192 num_heads=3
     recipe_args:tuple[str, ...] = () # changes of the recipe
+    accumulate:int = 1 # batches to an optimiser step
     amp:bool = False # bfloat16
     compile:bool = False # torch.compile
+    workers:int = 2 # processes that decode images which do not fit into memory
+    download:bool = False # fetch a data set that is not there
     device:str|None = None
     runs:Path = Path('runs') # folder of the run folders
     results:Path = Path('results/table1') # folder of the figures
 
     def __post_init__(self):
-        _known('row of Table 1', self.row, TABLE1), _known('method', self.method, METHODS), get_recipe(self.recipe)
+        _known('row of Table 1', self.row, TABLE1), _known('method', self.method, METHODS), self.whole
+
+    @property
+    def whole(self) -> Recipe: return change_recipe(self.recipe, self.recipe_args)
 
     @property
     def name(self):
         "What sets it apart, as the name of a file"
         plain = {f.name: f.default for f in fields(self)}
-        asked = ('img_size', 'few', 'encoder', 'encoder_args', 'recipe_args', 'epochs', 'steps', 'bs')
+        asked = ('img_size', 'few', 'encoder', 'encoder_args', 'recipe_args', 'epochs', 'steps', 'bs', 'accumulate')
         said = [f'{k}{"+".join(v) if isinstance(v, tuple) else v}' for k in asked if (v := getattr(self, k)) != plain[k]]
-        return '-'.join([self.row, self.method, self.recipe, *said, f'seed{self.seed}']).replace('/', '_')
+        return '-'.join([self.row, self.method, self.recipe, *said, *(['amp'] if self.amp else []), f'seed{self.seed}']).replace('/', '_')
 
     def configs(self) -> list:
         "A configuration a stage; the second starts from the first"
         row, out = TABLE1[self.row], []
-        recipe = get_recipe(self.recipe)
+        best = 'best.safetensors' if self.whole.splits == 'reference' else 'last.safetensors' # which the second stage starts from
         common = dict(data=self.row, root=self.root and str(self.root), img_size=self.img_size, recipe=self.recipe, bs=self.bs, steps=self.steps,
-                      amp=self.amp, compile=self.compile, device=self.device, seed=self.seed, out=str(self.runs))
+                      amp=self.amp, compile=self.compile, accumulate=self.accumulate, workers=self.workers, download=self.download, device=self.device,
+                      seed=self.seed, out=str(self.runs))
         for mode, changes, times in METHODS[self.method].stages:
             changes, args, kind = dict(changes), list(self.recipe_args), dict(pretrain=Pretrain, finetune=Finetune, joint=Joint)[mode]
-            if (v := changes.pop('layer_decay', None)): args.append(f'layer_decay={v}')
+            args += changes.pop('recipe_args', ())
             mask = [f'attn_mask={v}'] if (v := changes.pop('attn_mask', None)) else []
             if mode != 'pretrain' and self.few: changes['few'] = self.few
-            init = dict(init=str(self.runs/f'{self.name}-{out[-1].mode}')) if out else dict(encoder=self.encoder or row.encoder,
+            init = dict(init=str(self.runs/f'{self.name}-{out[-1].mode}'/best)) if out else dict(encoder=self.encoder or row.encoder,
                                                                                            encoder_args=(*self.encoder_args, *mask))
-            out.append(kind(**common, **init, **changes, recipe_args=tuple(args), epochs=times*(self.epochs or recipe.epochs), name=f'{self.name}-{mode}'))
+            out.append(kind(**common, **init, **changes, recipe_args=tuple(args), epochs=times*(self.epochs or self.whole.epochs), name=f'{self.name}-{mode}'))
         return out
 
 # %% ../nbs/63_reproduce.ipynb #b730b0d8
+PLACES = 'root out init device hold workers download track compile every'.split() # what may differ between two goes at one run
+
 def _stage(c, tell):
-    "Train, go on, or take what is there"
+    "Train, go on, or take what is there. Raises ValueError where that is something else"
     path = Path(c.out)/c.name
     if not (path/'config.json').is_file(): return train(c, tell=tell)
-    run = Run(path)
+    run, now = Run(path), settle(c).asdict()
+    other = [k for k, v in run.config.items() if k in now and json.dumps(now[k]) != json.dumps(v) and k not in PLACES]
+    if other: raise ValueError(f'{path} is of another {other[0]}: {run.config[other[0]]}, not {now[other[0]]}; give another folder of runs')
     return run if run.summary else train(resume=path, tell=tell)
 
 def _seen(run):
@@ -135,11 +148,11 @@ def reproduce(r:Reproduction, # what to do
               tell='notebook' # see `train`
              ) -> dict: # what was written into `results`
     "Train a row of Table 1 and report it on the test set. Stopped, it goes on where it was when called again"
-    row, method, recipe, runs = TABLE1[r.row], METHODS[r.method], get_recipe(r.recipe), []
+    row, method, recipe, runs, first = TABLE1[r.row], METHODS[r.method], r.whole, [], not together().get('rank')
     for c in r.configs():
         runs.append(_stage(c, tell))
         if not runs[-1].summary: return {} # stopped
-    e = evaluate(runs[-1])
+    e = evaluate(runs[-1], weights='best' if recipe.splits == 'reference' else 'last', keep=first)
     seen, full = 0, 0
     for run, (_, _, times) in zip(runs, method.stages):
         done, n = _seen(run)
@@ -148,12 +161,26 @@ def reproduce(r:Reproduction, # what to do
     record = dict(table='table1', row=r.row, method=r.method, says=method.says, recipe=runs[-1].recipe, seed=r.seed, part=e.part,
                   accuracy=e.scores['labels_acc'], images=e.images, beside=e.beside, seen=seen, full=full,
                   seconds=round(sum(m['seconds'] for run in runs for m in run.metrics)),
-                  encoder=dict(name=r.encoder or row.encoder, args=list(r.encoder_args)), few=r.few, img_size=runs[-1].data['img_size'],
+                  encoder=dict(name=r.encoder or row.encoder, args=list(r.encoder_args)), few=r.few, img_size=r.img_size,
                   relations={k: v for k, v in runs[0].metrics[-1]['valid'].items() if k in ('relations_acc', 'positions_acc')}, **provenance())
-    write_whole(r.results/f'{r.name}.json', lambda f: Path(f).write_text(json.dumps(record, indent=1)))
+    if first: write_whole(r.results/f'{r.name}.json', lambda f: Path(f).write_text(json.dumps(record, indent=1)))
     return record
 
 # %% ../nbs/63_reproduce.ipynb #635cca32
+FLOOR = 'embed_dim=192', 'depth=9', 'num_heads=12'
+
+def _said(r):
+    "What of a run is not the row's: encoder, labels, size"
+    enc = r['encoder']
+    name = [] if enc == dict(name='vit_small_patch16_224', args=[]) else [' '.join([enc['name'], *enc['args']])]
+    return name + ([f"{r['few']} labels a class"] if r['few'] else []) + ([f"{r['img_size']} pixels"] if r['img_size'] else [])
+
+def _changed(recipe):
+    "What differs from the recipe of that name, where that is still the same version"
+    now = RECIPES[recipe['name']].asdict() if recipe['name'] in RECIPES else {}
+    if now.get('version') != recipe['version']: return []
+    return [f'{k}={recipe[k]}' for k, v in json.loads(json.dumps(now)).items() if k != 'epochs' and recipe.get(k) != v]
+
 def compare_rows(folder='results/table1', # of `reproduce`
                  ) -> pd.DataFrame:
     "The recorded runs beside the paper's numbers, in %. Raises FileNotFoundError where there is none"
@@ -162,18 +189,20 @@ def compare_rows(folder='results/table1', # of `reproduce`
     groups = {}
     for f in files:
         r = json.loads(f.read_text())
-        own = f.stem.rsplit('-seed', 1)[0]
-        groups.setdefault((list(TABLE1).index(r['row']), list(METHODS).index(r['method']), own), []).append(r)
+        order = list(TABLE1).index(r['row']), list(METHODS).index(r['method'])
+        own = {k: r[k] for k in ('encoder', 'few', 'img_size', 'recipe', 'full')} | dict(part=r['part'])
+        groups.setdefault((*order, json.dumps(own)), []).append(r)
     show = lambda v, sd: f'{v:.2f}' + ('' if sd is None else f' ± {sd:.2f}')
     rows = []
-    for (_, _, own), rs in sorted(groups.items()):
-        r, acc = rs[0], [100*r['accuracy'] for r in rs]
-        paper = {'supervised': TABLE1[r['row']].supervised, 'relvit': TABLE1[r['row']].relvit}.get(r['method'])
-        usual = not r['few'] and r['encoder'] == dict(name=TABLE1[r['row']].encoder, args=[])
-        rows.append({'row': TABLE1[r['row']].says if usual else f"{r['row']}, {r['encoder']['name']} {' '.join(r['encoder']['args'])}".strip() +
-                            (f", {r['few']} labels a class" if r['few'] else ''),
-                     'method': r['says'], 'recipe': f"{r['recipe']['name']} v{r['recipe']['version']}",
-                     'paper': show(*paper) if paper and usual else '', 'ours': show(statistics.mean(acc), statistics.stdev(acc) if len(acc) > 1 else None),
-                     'seeds': len(rs), 'images seen': f"{r['seen']:,}", 'of a whole run': f"{r['seen']/r['full']:.1%}",
-                     'best of pixels': f"{100*max(v for k, v in r['beside'].items()):.2f}" if r['beside'] else ''})
+    for _, rs in sorted(groups.items()):
+        r, acc, row = rs[0], [100*r['accuracy'] for r in rs], TABLE1[rs[0]['row']]
+        changes, usual = _said(r), not r['few'] and not r['img_size']
+        paper = {'supervised': row.supervised, 'relvit': row.relvit}.get(r['method']) if usual and r['encoder'] == dict(name=row.encoder, args=[]) else None
+        floor = row.floor if usual and r['method'] == 'supervised' and r['recipe']['name'] == 'modern' and set(FLOOR) <= set(r['encoder']['args']) else None
+        rows.append({'row': row.says.split(',')[0] + ', ' + ', '.join(changes or [row.says.split(', ')[1]]), 'method': r['says'],
+                     'recipe': ' '.join([f"{r['recipe']['name']} v{r['recipe']['version']}", *_changed(r['recipe'])]),
+                     'paper': show(*paper) if paper else '', 'floor': floor or '',
+                     'ours': show(statistics.mean(acc), statistics.stdev(acc) if len(acc) > 1 else None), 'seeds': len(rs),
+                     'images seen': f"{statistics.mean(r['seen'] for r in rs):,.0f}", 'of a whole run': f"{statistics.mean(r['seen']/r['full'] for r in rs):.1%}",
+                     'best of pixels': f"{100*max(r['beside'].values()):.2f}" if r['beside'] else ''})
     return pd.DataFrame(rows)

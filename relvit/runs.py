@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, math, os, platform, random, shutil, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch, noop
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -200,6 +200,8 @@ def _restore(self:RecordRun):
     self.place = load_state(self.learn, self.record.last)
     for key, now in (('n_epoch', self.learn.n_epoch), ('n_iter', len(self.learn.dls.train))):
         if self.place[key] != now: raise ValueError(f"this run was planned with {key} = {self.place[key]}, not {now}")
+    if (then := self.place.get('world', 1)) != (now := num_distrib() or 1):
+        raise ValueError(f'this run was shared by {then} processes, and draws other numbers with {now}: go on with {then}')
     self.seeds.start = self.place['epoch'], self.place['iter']
     known = [m for m in self.record.metrics if m['epoch'] < self.place['epoch']]
     if self.writes: write_whole(self.record.path/'metrics.jsonl', lambda f: Path(f).write_text(''.join(json.dumps(m) + '\n' for m in known)))
@@ -208,13 +210,14 @@ def _restore(self:RecordRun):
 # %% ../nbs/36_runs.ipynb #146c3987
 @patch
 def _listen(self:RecordRun):
-    self.stop, self.handlers = None, {}
+    self.stop, self.heard, self.handlers = None, None, {}
     if threading.current_thread() is not threading.main_thread(): return
     def hear(sig, frame):
-        if self.stop:
+        if self.heard:
             self._deafen()
             raise KeyboardInterrupt
-        self.stop = signal.Signals(sig).name
+        self.heard = signal.Signals(sig).name
+        if num_distrib() < 2: self.stop = self.heard # several processes agree on the step first
     for s in (signal.SIGINT, signal.SIGTERM): self.handlers[s] = signal.signal(s, hear)
 
 @patch
@@ -273,7 +276,7 @@ def after_batch(self:RecordRun):
 def _save(self:RecordRun, epoch, step):
     smooth, self.since = self.learn.recorder.smooth_loss, time.time()
     if self.writes: save_state(self.learn, self.record.last, epoch=epoch, iter=step, n_epoch=self.learn.n_epoch, n_iter=len(self.learn.dls.train),
-               pct_train=self.learn.pct_train, train_iter=self.learn.train_iter, count=self.count,
+               world=num_distrib() or 1, pct_train=self.learn.pct_train, train_iter=self.learn.train_iter, count=self.count,
                sums={k: float(v) for k, v in self.sums.items()}, smooth=[smooth.count, float(smooth.val)])
 
 @patch
@@ -333,12 +336,20 @@ def tracker(kind, # 'tensorboard' (into the run folder) or 'wandb' (where its ow
                 run_valid = False
                 def after_batch(self):
                     for k, v in dict(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr']).items(): self.writer.add_scalar(k, v, self.train_iter)
+                def after_epoch(self):
+                    for k, v in zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1]):
+                        if v is not None: self.writer.add_scalar(k, v, self.train_iter)
             return Board(run.path/'tensorboard', trace_model=False, log_preds=False)
         if kind == 'wandb':
             import wandb
             from fastai.callback.wandb import WandbCallback
-            if wandb.run is None: wandb.init(project='relvit', name=run.path.name, dir=str(run.path), config=run.config | dict(recipe=run.recipe))
-            return WandbCallback(log_preds=False)
+            class Tracked(WandbCallback):
+                def after_fit(self):
+                    super().after_fit()
+                    wandb.finish()
+            wandb.finish() # another run's
+            wandb.init(project='relvit', name=run.path.name, dir=str(run.path), config=run.config | dict(recipe=run.recipe))
+            return Tracked(log_preds=False)
     except ImportError as e: raise ImportError(f"{kind} is not installed: pip install 'relvit[track]'") from e
     raise ValueError(f"track is 'tensorboard' or 'wandb', not {kind!r}")
 

@@ -31,7 +31,7 @@ from .tokens import TokenEncoder
 
 # %% auto #0
 __all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'change_recipe', 'Config', 'Pretrain', 'Finetune',
-           'Joint', 'config_of', 'config_tasks', 'usable', 'settle', 'open_config_data', 'config_recipe',
+           'Joint', 'config_of', 'config_tasks', 'usable', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
            'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
@@ -41,7 +41,7 @@ DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits',
 LIMITS = ( # what must hold, and for what
     ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate'),
     ('2 or more', lambda v: v >= 2, 'mega'),
-    ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every'),
+    ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every hold'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
     ('a share above 0 and below 1', lambda v: 0 < v < 1, 'valid'),
     ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'scale'))
@@ -51,6 +51,7 @@ def _in_words(hint):
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is Literal: return ' or '.join(map(repr, args))
     if typing.get_origin(hint) is tuple: return 'a list of texts'
+    if hint is tuple: return 'a list of numbers'
     return ' or '.join(map(_in_words, args)) or {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[hint]
 
 def parse_args(pairs, # like depth=4
@@ -87,8 +88,11 @@ def change_recipe(name, pairs # like mixup=0
             raise ValueError(f'a recipe has no {k!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(hints)}'))
         if hints[k] is float and isinstance(v, int) and not isinstance(v, bool): new[k] = float(v)
         if hints[k] is tuple: new[k] = tuple(v) if isinstance(v, list) else v
-        try: check_type(new[k], hints[k])
+        try:
+            check_type(new[k], hints[k])
+            if isinstance(v, bool) and 'bool' not in str(hints[k]): raise TypeCheckError('')
         except TypeCheckError: raise ValueError(f'{k} of a recipe must be {_in_words(hints[k])}, not {v!r}') from None
+    if 'lr' in new and 'final_lr' not in new: new['final_lr'] = r.final_lr*new['lr']/r.lr # which keeps its ratio
     return r.but(**new)
 
 # %% ../nbs/39_training.ipynb #f1f0b7e8
@@ -116,7 +120,7 @@ class Config:
     encoder_args:tuple[str, ...] = () # more for it, like depth=4 embed_dim=128 num_heads=4
     pos_std:float = .02 # initial spread of the positional embedding
     init:str|None = None # run folder or .safetensors file whose encoder it starts with
-    recipe:str = 'default' # default, reference, paper or modern; `relvit recipes` shows them
+    recipe:str = 'default' # default, reference, paper, modern or finetune; `relvit recipes` shows them
     recipe_args:tuple[str, ...] = () # changes of it, like mixup=0 ema=.999 layer_decay=.75
     epochs:int|None = None # passes over the training images; what does not fill a batch is left for the next; the recipe's
     steps:int|None = None # batches of an epoch, instead of one pass
@@ -128,7 +132,7 @@ class Config:
     compile:bool = False # torch.compile the encoder
     channels_last:bool = False # kernels of convolutions with channels last
     fused:bool = True # attention as one kernel
-    accumulate:int = 1 # batches to an optimiser step
+    accumulate:int = 1 # batches to an optimiser step; what is left of an epoch is dropped
     hold:float|None = None # GB of the device's memory for pixels; 8 of a GPU
     track:Literal['tensorboard', 'wandb']|None = None # where else the curves go
     seed:int = 0 # of weights, order, augmentation
@@ -237,6 +241,10 @@ class Joint(Pretrain):
     few:int|None = None # labelled images of each class to train on; all if None
     pool:Literal['cls', 'mean', 'flat']|None = None # where the classifier looks; class token where there is one, else all (flat)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mega and self.leak: raise ValueError('with leak=paper relations see what the classifier sees, which no mega-patches can be cut from')
+
 MODES = {c.__name__.lower(): c for c in (Pretrain, Finetune, Joint)}
 
 def config_of(run:Run) -> Config:
@@ -278,6 +286,7 @@ def settle(c:Config) -> Config:
     c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k))})
     r = config_recipe(c)
     c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
+    if c.flip is None and r.flip is not None and c.data in DATASETS: c = c.but(flip=r.flip)
     if c.splits is None: c = c.but(splits=r.splits if c.data in DATASETS else 'held-out') # others have no test set of the papers'
     if isinstance(c, Joint) and c.leak is None and r.leak: c = c.but(leak='paper')
     if c.data in DATASETS and not DATASETS[c.data].drawn and c.root is None: c = c.but(root=os.getcwd())
@@ -303,10 +312,16 @@ def config_recipe(c:Config):
     if c.lr: new['final_lr'] = r.final_lr*c.lr/r.lr
     return r.but(**new)
 
+def recipe_of(run) -> Recipe:
+    "The recipe that a run began with, whatever its name means by now"
+    if run.recipe: return Recipe.of(run.recipe)
+    return config_recipe(config_of(run)).but(jitter='pixels', same_cuts=False, antialias=True, zero_head=True, permute=None) # before they were kept
+
 def _start(c, splits, dls, recipe):
     "The encoder that a run starts with"
     more = dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
-    if c.init and encoder_config(path := _weights(c.init)):
+    if c.init and (held := encoder_config(path := _weights(c.init))):
+        if 'drop_path_rate' in held: more = dict(drop_path_rate=recipe.drop_path) # of this run, not of that one
         encoder = load_encoder(path, img_size=splits.img_size, attn_mask=parse_args(c.encoder_args).get('attn_mask'), **more)
         if encoder.in_chans != dls.channels:
             raise ValueError(f'init holds an encoder of {encoder.in_chans} channels, these images have {dls.channels}')
@@ -453,19 +468,22 @@ def train(c:Config=None, # what to do
     if tell not in ('notebook', 'console', 'nothing'): raise ValueError(f"tell is 'notebook', 'console' or 'nothing', not {tell!r}")
     several, device = together(), {}
     if several:
-        device = dict(device=join(c.device if c else None))
+        device = dict(device=join((config_of(Run(resume)) if resume else c).device))
         if several['rank']: tell = 'nothing'
     if resume:
         run = Run(resume)
         if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
         c = config_of(run).but(**device)
         learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None,
-                             recipe=Recipe.of(run.recipe) if run.recipe else None)
+                             recipe=recipe_of(run))
         _same_data(run, learn.dls.splits)
     else:
         c = settle(c.but(**device))
         folder = same_for_all(_folder(c)) if several else _folder(c)
         Run.free(folder)
+        if several and c.download: # one at a time
+            if not several['rank']: open_config_data(c)
+            torch.distributed.barrier()
         learn = make_learner(c)
         report = json.loads(json.dumps(learn.dls.splits.report()))
         if several: torch.distributed.barrier() # all have seen that it is free
@@ -477,14 +495,14 @@ def train(c:Config=None, # what to do
         if not resume and not several.get('rank'): stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
         if tell != 'notebook':
             for silence in (learn.no_bar(), learn.no_logging()): stack.enter_context(silence)
-        if several: learn.add_cb(Distributed())
+        if several: learn.add_cb(Distributed(cpu=c.device == 'cpu'))
         elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
         learn.fit_recipe(c.epochs, cbs=[recorder, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
     run.stopped = recorder.stop
-    if several.get('rank'): return run # the first process does the rest
-    if 'relations' in learn.model.tasks:
+    if 'relations' in learn.model.tasks and not several.get('rank'): # the first process does the rest
         write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
         plt.close()
+    if several: torch.distributed.barrier()
     return run
 
 def _same_data(run, splits):

@@ -166,7 +166,7 @@ def as_model(source) -> RelViT|TokenEncoder: # Learner, `RelViT`, `TokenEncoder`
     model = getattr(source, 'model', source) if not isinstance(source, TokenEncoder) else source
     if not isinstance(model, (RelViT, TokenEncoder)):
         raise TypeError(f'a RelViT, a TokenEncoder, a Learner or a run folder, not {type(source).__name__}')
-    return model
+    return getattr(model, 'averaged', model)
 
 def as_images(source, # (b,c,H,W) or (c,H,W) tensor or array, PIL image, path, folder, or a list of them
               size, # (H,W) pixels that the model wants
