@@ -169,7 +169,7 @@ def _reproduce(argv):
     if together().get('rank'): return 0 # of several processes one speaks
     if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
     _show(f"{record['row']}, {record['says']}: {100*record['accuracy']:.2f} % on {record['part']}; "
-          f"{record['seen']/record['full']:.1%} of a whole run", record)
+          f"{100*record['seen']/record['full']:.2g} % of a whole run", record)
 
 def _table(folder:Positional[Path]=Path('results/table1')):
     """Recorded runs beside the paper's numbers, and how far each of them went.

@@ -139,10 +139,10 @@ def _stage(c, tell):
     return run if run.summary else train(resume=path, tell=tell)
 
 def _seen(run):
-    "Images that a run has trained on, and those that its recipe asks for in one stage, in number"
+    "Images that a run has trained on, and those of an epoch"
     c = run.config
-    n, steps = run.data['parts']['trained on']['images'] if not c.get('few') else None, run.metrics[-1]['step']
-    return steps*c['bs'], n
+    n = c['few']*len(run.data['classes']) if c.get('few') else run.data['parts']['trained on']['images']
+    return run.metrics[-1]['step']*c['bs'], n
 
 def reproduce(r:Reproduction, # what to do
               tell='notebook' # see `train`
@@ -157,7 +157,7 @@ def reproduce(r:Reproduction, # what to do
     for run, (_, _, times) in zip(runs, method.stages):
         done, n = _seen(run)
         seen += done
-        full += times*recipe.epochs*(n or len(run.data['classes'])*r.few)
+        full += times*recipe.epochs*(n - n % recipe.bs if n > recipe.bs else n) # what fills no batch waits for the next epoch
     record = dict(table='table1', row=r.row, method=r.method, says=method.says, recipe=runs[-1].recipe, seed=r.seed, part=e.part,
                   accuracy=e.scores['labels_acc'], images=e.images, beside=e.beside, seen=seen, full=full,
                   seconds=round(sum(m['seconds'] for run in runs for m in run.metrics)),
@@ -203,6 +203,6 @@ def compare_rows(folder='results/table1', # of `reproduce`
                      'recipe': ' '.join([f"{r['recipe']['name']} v{r['recipe']['version']}", *_changed(r['recipe'])]),
                      'paper': show(*paper) if paper else '', 'floor': floor or '',
                      'ours': show(statistics.mean(acc), statistics.stdev(acc) if len(acc) > 1 else None), 'seeds': len(rs),
-                     'images seen': f"{statistics.mean(r['seen'] for r in rs):,.0f}", 'of a whole run': f"{statistics.mean(r['seen']/r['full'] for r in rs):.1%}",
+                     'images seen': f"{statistics.mean(r['seen'] for r in rs):,.0f}", 'of a whole run': f"{100*statistics.mean(r['seen']/r['full'] for r in rs):.2g} %",
                      'best of pixels': f"{100*max(r['beside'].values()):.2f}" if r['beside'] else ''})
     return pd.DataFrame(rows)
