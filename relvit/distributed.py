@@ -21,8 +21,8 @@ except (ImportError, NameError): DistributedTrainer = None # without accelerate
 # %% ../nbs/37_distributed.ipynb #bde6ed06
 class Distributed(DistributedTrainer or Callback):
     """Shares each batch of `learn.dls.train` out to the processes. Wraps `learn.model` while it trains; sets `learn.loss` and the
-    model's `scores` to their means over all processes, and reads `learn.record_run.heard` and sets its `stop`, so that all stop after the same step. Raises ValueError for a batch that
-    cannot be shared equally, ImportError without accelerate"""
+    model's `scores` to their means over all processes; reads `learn.record_run.heard` and sets its `stop`, so that all stop
+    after the same step. Raises ValueError for a batch that cannot be shared equally, ImportError without accelerate"""
     def __init__(self, cpu=not torch.cuda.is_available(), **kwargs): # for `accelerate.Accelerator`
         if DistributedTrainer is None: raise ImportError("training on several devices needs accelerate: pip install 'relvit[distributed]'")
         from accelerate import DistributedDataParallelKwargs
