@@ -107,7 +107,7 @@ def test_a_sample_of_pairs_is_a_fair_one():
 
 
 def test_torchrun_trains_one_run_on_two_processes(tmp_path):
-    "the folder, the metrics and the weights of one process; one who cannot share equally is told before anything is written"
+    "the folder and, as far as samples do, the losses of one process; stopped, both stop; one who cannot share equally is told first"
     run = [sys.executable, '-W', 'ignore', '-m']
     run_alone = [*run, 'relvit.cli']
     line = ['pretrain', '--encoder', 'vit_tiny_patch16_224', '--encoder-args', 'embed_dim=24', 'depth=2', 'num_heads=2', '--augment', 'none', '--epochs', '2',
