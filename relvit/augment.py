@@ -11,8 +11,8 @@ from fastcore.basics import patch
 from .patches import _rand, grid_of, pair, resample, resample_matrix
 
 # %% auto #0
-__all__ = ['crop_patches', 'stretch', 'colour_matrix', 'mean_grey', 'recolour', 'PatchAugment', 'parse_augment', 'random_flip',
-           'random_shift', 'random_resized_crop', 'ImageAugment']
+__all__ = ['crop_patches', 'stretch', 'colour_matrix', 'mean_grey', 'recolour', 'PatchAugment', 'parse_augment', 'gaussian_blur',
+           'ViewAugment', 'dino_views', 'random_flip', 'random_shift', 'random_resized_crop', 'ImageAugment']
 
 # %% ../nbs/31_augment.ipynb #d495b950
 def _window(x, sizes, tops, lefts):
@@ -119,19 +119,23 @@ class PatchAugment:
         return f"PatchAugment({', '.join(f'{f.name}={show(getattr(self, f.name))}' for f in said)})"
 
 # %% ../nbs/31_augment.ipynb #5190abe5
+def _draw_colours(shape, aug, generator, device):
+    "Which are changed, and brightness, contrast, saturation (0 for grey) and hue of each"
+    u = _rand(6, *shape, generator=generator, device=device)
+    changed = u[0] < aug.jitter
+    spans = aug.brightness, aug.contrast, aug.saturation
+    b, c, s = (torch.where(changed, 1 + v*(2*r - 1), 1.) for v, r in zip(spans, u[1:4]))
+    return changed, b, c, torch.where(u[5] < aug.grey, 0., s), torch.where(changed, aug.hue*(2*u[4] - 1), 0.)
+
 @patch
 def colours(self:PatchAugment, patches, generator=None):
     "Draw and apply the colours of (b,n,c,ph,pw) patches"
     if not self.jitter and not self.grey: return patches
-    u = _rand(6, *patches.shape[:2], generator=generator, device=patches.device)
-    changed = u[0] < self.jitter
-    spans = self.brightness, self.contrast, self.saturation
-    b, c, s = (torch.where(changed, 1 + v*(2*r - 1), 1.) for v, r in zip(spans, u[1:4]))
-    hue, s = torch.where(changed, self.hue*(2*u[4] - 1), 0.), torch.where(u[5] < self.grey, 0., s)
-    if not self.stats: return recolour(patches, b, c, s, hue)
+    changed, *how = _draw_colours(patches.shape[:2], self, generator, patches.device)
+    if not self.stats: return recolour(patches, *how)
     mean, std = (torch.tensor(v, device=patches.device).reshape(-1, 1, 1) for v in self.stats)
     cut = lambda v: torch.where(changed[..., None, None, None], v.clamp(0, 1), v)
-    return cut(recolour(cut((patches - mean)/std), b, c, s, hue))*std + mean
+    return cut(recolour(cut((patches - mean)/std), *how))*std + mean
 
 @patch
 def replace(self:PatchAugment, patches, generator=None):
@@ -157,6 +161,57 @@ def parse_augment(text:str, # like 'colJitter:0.8-grayScale:0.2-randomNoise:0.2'
     return PatchAugment(p, **probs, **kwargs)
 
 # %% ../nbs/31_augment.ipynb #47dd8a7c
+def gaussian_blur(x:Tensor, # (b,c,H,W) float
+                  sigma:Tensor # (b,) pixels; 0 changes nothing
+                 ) -> Tensor: # (b,c,H,W)
+    "Blur each image with its own sigma; at the border, weights that fall outside are shared out among the others"
+    def weights(n):
+        i = torch.arange(n, device=x.device)
+        w = (-.5*((i[:, None] - i)/sigma.clamp(min=1e-2)[:, None, None])**2).exp()
+        return w/w.sum(-1, keepdim=True)
+    return resample(x, *(weights(n) for n in x.shape[-2:]))
+
+# %% ../nbs/31_augment.ipynb #04476355
+@dataclass
+class ViewAugment:
+    "Colours of whole crops, as in DINO, BYOL and MoCo v3: (b,c,H,W) uint8 or [0,1] to float in [0,1]. ValueError for a bad share"
+    blur:float = .5 # probability of a Gaussian blur, with a sigma from:
+    sigma:tuple = (.1, 2.) # pixels of the crop
+    solarize:float = 0. # probability that all of .5 and brighter is inverted
+    jitter:float = .8 # probability of changed colours, with factors from 1-v to 1+v:
+    brightness:float = .4
+    contrast:float = .4
+    saturation:float = .2
+    hue:float = .1 # largest shift, as a share of the whole turn
+    grey:float = .2 # probability of greyscale
+
+    def __post_init__(self):
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if f.name != 'sigma' and not 0 <= v <= 1: raise ValueError(f'{f.name} lies between 0 and 1, not {v}')
+        if not 0 <= self.sigma[0] <= self.sigma[1]: raise ValueError(f'sigma rises from 0 or more, not {self.sigma}')
+
+def dino_views(sigma=(.1, 2.) # of the blur in pixels of the crop; these are meant for 224
+              ) -> tuple: # of three `ViewAugment`
+    "DINO's three: for the first large view, always blurred; the second, now and then blurred or solarized; the local ones"
+    return ViewAugment(1., sigma), ViewAugment(.1, sigma, .2), ViewAugment(.5, sigma)
+
+# %% ../nbs/31_augment.ipynb #ddc7841a
+@patch
+def __call__(self:ViewAugment,
+             x:Tensor, # (b,c,H,W)
+             generator:torch.Generator=None) -> Tensor: # (b,c,H,W) float in [0,1]
+    "Draw and apply colours, blur and solarization for each image"
+    x = x.float() if x.is_floating_point() else x.float()/255
+    _, *how = _draw_colours((len(x),), self, generator, x.device)
+    blurred, share, inverted = _rand(3, len(x), generator=generator, device=x.device)
+    sigma = torch.where(blurred < self.blur, self.sigma[0] + share*(self.sigma[1] - self.sigma[0]), 0.)
+    with torch.autocast(x.device.type, enabled=False):
+        if self.jitter or self.grey: x = recolour(x, *how).clamp(0, 1)
+        if self.blur: x = gaussian_blur(x, sigma)
+    return torch.where((inverted < self.solarize)[:, None, None, None] & (x >= .5), 1 - x, x)
+
+# %% ../nbs/31_augment.ipynb #f4d2c000
 def random_flip(x:Tensor, # (b,c,H,W)
                 prob=.5, generator:torch.Generator=None) -> Tensor:
     "Mirror each image with a probability. Only for classes that survive it"
@@ -184,7 +239,7 @@ def random_resized_crop(x:Tensor, # (b,c,H,W)
     out = pair(size or (H, W))
     return resample(x, resample_matrix(top, h, out[0], H), resample_matrix(left, w, out[1], W))
 
-# %% ../nbs/31_augment.ipynb #bafadb8b
+# %% ../nbs/31_augment.ipynb #85bfba57
 @dataclass
 class ImageAugment:
     "RandAugment or AutoAugment, and random erasing: (b,c,H,W) uint8 or [0,1] to float in [0,1]"

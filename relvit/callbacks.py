@@ -6,21 +6,23 @@
 from __future__ import annotations
 import warnings, torch
 from fastai.callback.core import Callback
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Metric
 from fastai.torch_core import num_distrib
 from fastcore.basics import store_attr
-from .augment import ImageAugment, PatchAugment
+from .augment import ImageAugment, PatchAugment, dino_views
 from .patches import grid_of, mega_patches, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
 from .relations import spatial_relations
 from .tasks import bare
+from .views import MultiCrop
 from timm.utils import ModelEmaV3
 from torch import nn
 
 # %% auto #0
-__all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'ImageCallback', 'AugmentImages',
-           'MixImages', 'AverageWeights', 'Accumulate', 'TaskMetric', 'task_metrics', 'AutoCast', 'LeakWarning']
+__all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'MakeViews', 'MoveTeacher',
+           'ClipEach', 'ImageCallback', 'AugmentImages', 'MixImages', 'AverageWeights', 'Accumulate', 'TaskMetric',
+           'task_metrics', 'AutoCast', 'LeakWarning']
 
 # %% ../nbs/33_callbacks.ipynb #ca62e9f8
 class PatchCallback(Callback):
@@ -97,7 +99,8 @@ class PermutePatches(PatchCallback):
 # %% ../nbs/33_callbacks.ipynb #ae69c20e
 class PatchRelations(Callback):
     """Hands the original positions of the patches to the model. Reads `learn.model.encoder.p`, `learn.xb` and
-    `learn.perms` (which it takes away again); sets `learn.xb` to (x, patches or None, positions, sample or None)"""
+    `learn.perms` and `learn.views` (which it takes away again); sets `learn.xb` to (x, patches or None, positions, sample
+    or None, views or None)"""
     order = 8
     def __init__(self, most=1024): # tokens that pair tasks are asked about; of a larger grid, that many at random
         self.most = most
@@ -107,7 +110,8 @@ class PatchRelations(Callback):
         view, perms = x if patches is None else patches, self.learn.__dict__.pop('perms', None)
         grid = grid_of(view, bare(self.learn.model).encoder.p)
         pos = positions(grid, perms, view.device)
-        self.learn.xb = x, patches, pos if perms is not None else pos.expand(len(x), -1, -1), self.sample(grid[0]*grid[1], x.device)
+        pos_all, views = pos if perms is not None else pos.expand(len(x), -1, -1), self.learn.__dict__.pop('views', None)
+        self.learn.xb = x, patches, pos_all, self.sample(grid[0]*grid[1], x.device), views
         self.last = view[:1].detach().clone(), pos[:1].detach() if perms is not None else pos
 
     def sample(self, n, device):
@@ -128,6 +132,67 @@ class PatchRelations(Callback):
         return fig
 
 # %% ../nbs/33_callbacks.ipynb #92df5b8c
+class MakeViews(PatchCallback):
+    """Cuts crops out of each image and colours them. Reads `learn.model.tasks`; reads and sets `learn.xb`, whose image becomes
+    the first large crop (a second view, where a task reads the image); sets `learn.views`"""
+    order = 4
+    def __init__(self, crops, # `MultiCrop`
+                 colours='dino', # functions of (b,c,s,s) for the first large crop, the other large ones, the local ones; None for none
+                 valid=True, seed=0):
+        super().__init__(valid, seed)
+        self.crops, self.colours = crops, dino_views((.1*crops.size/224, 2*crops.size/224)) if colours == 'dino' else colours
+
+    def before_batch(self):
+        x = self.learn.xb[0]
+        views = self.learn.views = self.change(x)
+        self.last = x[:1].detach().clone(), views.of(0)
+        tasks, first = [t.view for t in bare(self.learn.model).tasks.values()], views.view(0)
+        self.learn.xb = (x, first, None) if 'image' in tasks else (first, None, None)
+
+    def change(self, x):
+        views = self.crops(x, self.generator)
+        if not self.colours: return views
+        first, other, local = self.colours
+        large = [(other if i else first)(c, self.generator) for i, c in enumerate(views.crops[0].split(views.b))]
+        views.crops = [torch.cat(large), *[local(c, self.generator) for c in views.crops[1:]]]
+        return views
+
+    def show(self, size=3):
+        "Draw the first image of the last batch with the boxes of its crops, and the crops"
+        if self.last is None: raise RuntimeError(f'{self.name} has made no batch yet: train or validate first')
+        return self.last[1].show(self.last[0])
+    def settings(self): return repr(self.crops)
+
+# %% ../nbs/33_callbacks.ipynb #5b75c0c6
+class MoveTeacher(Callback):
+    """Moves the teacher of a model after each step, or before each pass, as its host wants it; says the epoch to its tasks. Reads
+    `learn.model`, `.epoch`, `.pct_train`, `.accumulate`"""
+    order = 58
+    def __init__(self, freeze_last=0): self.freeze_last = freeze_last # epochs in which last layers get no gradient
+
+    @property
+    def model(self): return bare(self.learn.model)
+    def before_epoch(self):
+        for t in self.model.view_tasks.values(): t.epoch = self.learn.epoch
+    def before_batch(self):
+        half_way = getattr(getattr(self.learn, 'accumulate', None), 'count', 0)
+        if self.learn.training and self.model.host.moves == 'before' and not half_way: self.model.move_teacher(self.learn.pct_train)
+    def before_step(self):
+        if self.learn.epoch >= self.freeze_last: return
+        for t in self.model.view_tasks.values():
+            for w in t.last_layers(): w.grad = None
+    def after_step(self):
+        if self.model.host.moves == 'after': self.model.move_teacher(self.learn.pct_train)
+    def __repr__(self): return f'MoveTeacher(freeze_last={self.freeze_last})'
+
+class ClipEach(GradientClip):
+    "Clips the gradient of each tensor by itself, as DINO's code does; fastai's clips all together"
+    def before_step(self): # after fastai has unscaled them
+        grads = [w.grad for w in self.learn.model.parameters() if w.grad is not None]
+        norms = torch._foreach_norm(grads)
+        torch._foreach_mul_(grads, [(self.max_norm/(n + 1e-6)).clamp(max=1) for n in norms])
+
+# %% ../nbs/33_callbacks.ipynb #b2a8ddb9
 class ImageCallback(Callback):
     "Changes what the classifier sees. Reads `learn.model.tasks`; reads and sets `learn.xb`, and `learn.yb` where images are mixed"
     run_valid = False
@@ -163,7 +228,7 @@ class MixImages(ImageCallback):
         return x, (shares,)
     def __repr__(self): return f'MixImages(mixup={self.mixup}, cutmix={self.cutmix})'
 
-# %% ../nbs/33_callbacks.ipynb #ac523b73
+# %% ../nbs/33_callbacks.ipynb #caaec179
 class AverageWeights(Callback):
     "An exponential mean of all weights, in `learn.model.ema`. Reads and sets `learn.model`; reads `learn.train_iter`"
     order = 55 # before anything of fastai's keeps or loads weights
@@ -181,7 +246,7 @@ class AverageWeights(Callback):
         model.ema.update(model, self.learn.train_iter//batches + 1)
     def __repr__(self): return f'AverageWeights({self.decay})'
 
-# %% ../nbs/33_callbacks.ipynb #d0a7d63b
+# %% ../nbs/33_callbacks.ipynb #443b9003
 class Accumulate(GradientAccumulation):
     """An optimiser step for every so many batches, of which fastai counts the images. Reads `learn.dls`; sets `learn.loss_grad`.
     Raises ValueError for more batches than an epoch has"""
@@ -196,7 +261,7 @@ class Accumulate(GradientAccumulation):
     def after_train(self): self.learn.opt.zero_grad()
     def __repr__(self): return f'Accumulate({self.batches})'
 
-# %% ../nbs/33_callbacks.ipynb #458821a3
+# %% ../nbs/33_callbacks.ipynb #84d74b8e
 class TaskMetric(Metric):
     "The mean over an epoch of one entry of `learn.model.scores`. Reads `learn.model`, `learn.xb`"
     def __init__(self, key): store_attr()
@@ -214,7 +279,7 @@ def task_metrics(model # `RelViT`
     "Loss and shown metrics of every task"
     return [TaskMetric(f'{n}_{k}') for n, t in model.tasks.items() for k in ('loss', *t.shown)]
 
-# %% ../nbs/33_callbacks.ipynb #caaec179
+# %% ../nbs/33_callbacks.ipynb #c5845054
 class AutoCast(Callback):
     "Forward pass and loss in `dtype` where torch finds it safe, on CPU and GPU. Reads `learn.model`"
     order = 9
@@ -228,7 +293,7 @@ class AutoCast(Callback):
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
 
-# %% ../nbs/33_callbacks.ipynb #dd23fff5
+# %% ../nbs/33_callbacks.ipynb #7fb64f26
 class LeakWarning(Callback):
     "Warns once if the relation tasks can read their answers off the positions. Reads `learn.model` and `learn.cbs`"
     def before_fit(self):

@@ -61,6 +61,7 @@ def save(obj, # Learner, `RelViT` or `TokenEncoder`
     "Write a model and its configuration. Raises TypeError where the configuration is not plain data"
     model = _model(obj)
     enc, tasks = _encoder(model), {n: type(t).__name__ for n, t in getattr(model, 'tasks', {}).items()}
+    if getattr(model, 'teacher', None) is not None: meta['counts'] = model.host.counts # whose encoder it is about
     meta = dict(kind=type(model).__name__, version=__version__, encoder=enc.config, grid=enc.grid, tasks=tasks, **meta)
     return _write(model.state_dict() | (tensors or {}), meta, path)
 
@@ -98,6 +99,14 @@ def _named_as(model, names):
     if depth >= mine: return lambda n: ''.join(['encoder.', 'model.'][mine:depth]) + n
     return lambda n: n.removeprefix('encoder.') if n.startswith('encoder.') else None
 
+def _counting(names, mine, meta):
+    "Which tensor of a file stands for which name: where the model has no place for both, averaged weights and a teacher's encoder count"
+    mean = MEAN if any(n.startswith(MEAN) for n in names) and not any(n.startswith(MEAN) for n in mine) else ''
+    held = {n.removeprefix(mean): n for n in names if n.startswith(mean)}
+    if meta.get('counts') != 'teacher' or any(n.startswith('teacher.') for n in mine): return held
+    rest = {n: h for n, h in held.items() if not n.startswith(('encoder.', 'teacher.'))}
+    return rest | {n.removeprefix('teacher.'): h for n, h in held.items() if n.startswith('teacher.encoder.')}
+
 def load(path, # file of `save` or `export_timm`, or any safetensors file of the same timm model
          into # Learner, `RelViT` or `TokenEncoder`
         ) -> Report:
@@ -105,13 +114,10 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
     path, model, meta = Path(path), _model(into), read_meta(path)
     mine, report, new = model.state_dict(), Report(path), {}
     with safe_open(path, 'pt') as f:
-        names = list(f.keys())
-        if any(n.startswith(MEAN) for n in names) and not any(n.startswith(MEAN) for n in mine): # averaged weights are those that count
-            names, where = [n.removeprefix(MEAN) for n in names if n.startswith(MEAN)], MEAN
-        else: where = ''
+        names = _counting(list(f.keys()), mine, meta)
         rename = _named_as(model, names)
-        for name in names:
-            to, w = rename(name), f.get_tensor(where + name)
+        for name, held in names.items():
+            to, w = rename(name), f.get_tensor(held)
             if to not in mine: report.left_out[name] = 'no place for it'
             elif w.shape == mine[to].shape: new[to] = w
             elif to.endswith('model.pos_embed') and (r := _resized(model, w, meta)) is not None:
@@ -121,6 +127,7 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
     report.taken, report.missing = list(new), [n for n in mine if n not in new]
     if not any('model.' in n for n in new): raise ValueError(f'no weight of the encoder fits: {report!r}')
     model.load_state_dict({**mine, **new})
+    if getattr(model, 'teacher', None) is not None and not any(n.startswith('teacher.') for n in new): model.move_teacher(momentum=0.)
     if getattr(model, 'ema', None) is not None and not any(n.startswith(MEAN) for n in new): model.ema.set(model)
     return report
 
@@ -128,7 +135,7 @@ def _resized(model, w, meta):
     try: return _encoder(model).resized_positions(w, meta.get('grid'))
     except ValueError: return None
 
-# %% ../nbs/34_checkpoint.ipynb #708fb456
+# %% ../nbs/34_checkpoint.ipynb #135c81ac
 def encoder_config(path # file of `save` or `export_timm`
                   ) -> dict: # {} for another's
     "The arguments of the `TokenEncoder` in a file"
@@ -153,7 +160,7 @@ def load_encoder(path, # file of `save` or `export_timm`
     load(path, encoder)
     return encoder
 
-# %% ../nbs/34_checkpoint.ipynb #135c81ac
+# %% ../nbs/34_checkpoint.ipynb #30c936cb
 @dataclass
 class Export:
     "A timm checkpoint and the arguments of `timm.create_model` that go with it"
@@ -167,7 +174,7 @@ class Export:
         return (f"timm.create_model({self.args['model_name']!r}, {args},\n"
                 f"                  checkpoint_path={str(self.path)!r})" + (f'\n# {self.note}' if self.note else ''))
 
-# %% ../nbs/34_checkpoint.ipynb #f61ba826
+# %% ../nbs/34_checkpoint.ipynb #a327bd01
 def _timm_head(model):
     "Weights, arguments and a note for the classifier of a RelViT, as far as timm has the like"
     task = getattr(model, 'tasks', {}) and model.tasks['labels'] if 'labels' in getattr(model, 'tasks', {}) else None
@@ -193,7 +200,7 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     "Write what `timm.create_model(..., checkpoint_path=path)` loads. Raises ValueError for a model without a name"
     model = _model(obj)
     model = getattr(model, 'averaged', model)
-    enc = _encoder(model)
+    enc = getattr(model, 'learnt', model)
     ours = ('pos_embed', 'pos_std', 'cls', 'p', 'img_size', 'drop_path_rate', 'attn_mask')
     cfg = {k: v for k, v in enc.config.items() if k not in ours}
     name = cfg.pop('name') or (getattr(enc.model, 'default_cfg', None) or {}).get('architecture')

@@ -177,6 +177,7 @@ def make_dls(s:Splits, # of `open_data`
              steps:int=None, # batches of a training epoch
              seed=0, # of the labelled images, the order, the augmentation
              scale=(.08, 1.), # share of an image's area that a training crop covers, where it is cropped
+             whole=False, # training images as they are stored: tasks with a teacher cut crops of their own
              extra=(), # further functions of a training batch
              num_workers=0, device=None, hold:float=None # see `image_dls`
             ) -> DataLoaders:
@@ -189,7 +190,7 @@ def make_dls(s:Splits, # of `open_data`
         if not train.labelled: raise ValueError(f'no image of {train.name} has a label; pretraining needs none, this does')
         if train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])
     move = partial(random_shift, pad=s.pad) if s.crop == 'shift' else partial(random_resized_crop, size=s.img_size, scale=scale)
-    augment = [move]*(s.crop != 'shift' or s.pad > 0) + [random_flip]*s.flip + list(extra)
+    augment = [*([] if whole else [move]*(s.crop != 'shift' or s.pad > 0) + [random_flip]*s.flip), *extra]
     dls = image_dls(train, s.valid, s.test, bs, augment, s.img_size, steps, device, num_workers, s.fit, seed, s.mean, s.std, hold)
     dls.splits = s
     return dls
@@ -200,18 +201,20 @@ def digits_dls(size=16, # pixels of a side
                valid=.2, # share of the training set to choose on
                seed=0, shift=1, # pixels that a training image moves at most
                steps:int=None, # batches of a training epoch
-               device=None, num_workers=0) -> DataLoaders:
+               device=None, num_workers=0, whole=False # see `make_dls`
+              ) -> DataLoaders:
     "Handwritten digits: embedded, no download"
     s = open_data('digits', img_size=size, valid=valid, seed=seed)
     s.pad = shift
-    return make_dls(s, bs, labels, steps=steps, seed=seed, device=device, num_workers=num_workers)
+    return make_dls(s, bs, labels, steps=steps, seed=seed, device=device, num_workers=num_workers, whole=whole)
 
 # %% ../nbs/32_data.ipynb #75c739fa
 def cifar10_dls(root, # folder that holds `cifar-10-batches-py`
                 bs=256, labels:int=None, # labelled images of each class to train on; all if None
-                valid=.1, seed=0, steps:int=None, device=None) -> DataLoaders:
+                valid=.1, seed=0, steps:int=None, device=None, whole=False # see `make_dls`
+               ) -> DataLoaders:
     "CIFAR-10 with the paper's augmentation"
-    return make_dls(open_data('cifar10', root, valid=valid, seed=seed), bs, labels, steps=steps, seed=seed, device=device)
+    return make_dls(open_data('cifar10', root, valid=valid, seed=seed), bs, labels, steps=steps, seed=seed, device=device, whole=whole)
 
 # %% ../nbs/32_data.ipynb #bd5be559
 def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folder says it
@@ -219,9 +222,11 @@ def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folde
                flip=True, # False where a mirrored image is another class
                scale=(.08, 1.), # share of an image's area that a training crop covers
                memory=2., # GB of decoded images that may be kept
-               channels=3, steps:int=None, num_workers=2, device=None, **kwargs # for `open_data`
+               channels=3, steps:int=None, num_workers=2, device=None,
+               whole=False, # see `make_dls`
+               **kwargs # for `open_data`
               ) -> DataLoaders:
     "A folder of images with or without labels"
     s = open_data(path, img_size=size, p=kwargs.pop('p', 1), valid=valid, seed=seed, flip=flip, memory=memory, channels=channels, **kwargs)
     num_workers = num_workers if isinstance(s.train, ImageFiles) else 0
-    return make_dls(s, bs, labels, steps=steps, seed=seed, scale=scale, num_workers=num_workers, device=device)
+    return make_dls(s, bs, labels, steps=steps, seed=seed, scale=scale, num_workers=num_workers, device=device, whole=whole)

@@ -103,9 +103,9 @@ def evaluate(run, # `Run` or its folder
         if len(train.vocab) <= 200: beside['pixels, logistic regression'] = logistic(x, y, tx, ty, C=1e-3) # of more classes it takes hours
         if 'labels' in model.tasks: classes = _by_class(model, dl)
         else:
-            fresh = _random_like(model.encoder).to(learn.dls.device)
-            for name, e in {'frozen features': model.encoder, 'features of a random encoder': fresh}.items():
-                (a, _), (b, _) = (embed(e, ds, 'mean', pos_embed=False) for ds in (train, test))
+            fresh, seen = _random_like(model.encoder).to(learn.dls.device), None if model.view_tasks else False # with positions, where it learnt so
+            for name, e in {'frozen features': model.learnt, 'features of a random encoder': fresh}.items():
+                (a, _), (b, _) = (embed(e, ds, 'mean', pos_embed=seen) for ds in (train, test))
                 beside |= {f'{name}, 20 nearest neighbours': knn(a, y, b, ty), f'{name}, logistic regression': logistic(a, y, b, ty, C=1e-2)}
     said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
     e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores,

@@ -4,10 +4,15 @@
 
 # %% ../nbs/12_heads.ipynb #15122b9a
 from __future__ import annotations
+import torch, torch.nn.functional as F
+from functools import partial
+from timm.layers import Mlp
+from timm.models.cait import ClassAttn, LayerScaleBlockClassAttn
 from torch import nn, Tensor
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['PairHead', 'TokenHead', 'ClassHead']
+__all__ = ['PairHead', 'TokenHead', 'ClassHead', 'ProjectionHead', 'contrast_mlp', 'ClassAttention']
 
 # %% ../nbs/12_heads.ipynb #540fe75f
 class PairHead(nn.Module):
@@ -64,3 +69,88 @@ class ClassHead(nn.Module):
         return self.fc(x)
 
     def extra_repr(self): return f'pool={self.pool!r}'
+
+# %% ../nbs/12_heads.ipynb #f341a3ec
+class ProjectionHead(nn.Module):
+    "(...,d) to (...,out) logits: an MLP, a direction, and its cosine with one direction a class. Appendix C of DINO"
+    def __init__(self, dim:int, # token width d
+                 out:int, # classes
+                 hidden=2048, bottleneck=256, # widths
+                 layers=3, # of the MLP
+                 norm_last=True): # keep the rows of the last layer at length 1
+        super().__init__()
+        widths = [dim, *[hidden]*(layers - 1), bottleneck]
+        self.mlp = nn.Sequential(*[m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.GELU())][:-1])
+        for m in self.mlp[::2]:
+            nn.init.trunc_normal_(m.weight, std=.02)
+            nn.init.zeros_(m.bias)
+        self.last = nn.Parameter(torch.randn(out, bottleneck)/bottleneck**.5)
+        self.length = None if norm_last else nn.Parameter(torch.ones(out))
+
+    def forward(self, x:Tensor # (...,d)
+               ) -> Tensor: # (...,out)
+        y = F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last, dim=-1))
+        return y if self.length is None else y*self.length
+
+    def extra_repr(self): return f'out={len(self.last)}, norm_last={self.length is None}'
+
+# %% ../nbs/12_heads.ipynb #a355974f
+def contrast_mlp(*widths:int, # of the input, the hidden layers, the output
+                 last_norm=True # MoCo v3: no biases, a last BatchNorm without weights; False: MoBY's biases and no such norm
+                ) -> nn.Sequential:
+    "The projector or predictor of MoCo v3 or MoBY"
+    def layer(i, o, last):
+        yield nn.Linear(i, o, bias=not last_norm)
+        if not last: yield from (nn.BatchNorm1d(o), nn.ReLU())
+        elif last_norm: yield nn.BatchNorm1d(o, affine=False)
+    pairs = [*zip(widths, widths[1:])]
+    return nn.Sequential(*[m for n, (i, o) in enumerate(pairs, 1) for m in layer(i, o, n == len(pairs))])
+
+# %% ../nbs/12_heads.ipynb #522377eb
+class ClassAttention(nn.Module):
+    "A learnt token that looks at sets of tokens: the aggregation module of SelfPatch"
+    def __init__(self, dim:int, # token width d
+                 heads:int, # of its attention
+                 depth=2, # blocks
+                 layer_scale:float=None): # CaiT's initial scale of each residual; None: none, as released
+        super().__init__()
+        if dim % heads: raise ValueError(f'{heads} heads do not divide a width of {dim}')
+        self.heads, norm = heads, partial(nn.LayerNorm, eps=1e-6)
+        self.token = nn.Parameter(torch.zeros(dim))
+        self.blocks = nn.ModuleList(LayerScaleBlockClassAttn(dim, heads, qkv_bias=True, norm_layer=norm, attn_block=ClassAttn,
+                                                             mlp_block=Mlp, init_values=layer_scale or 1.) for _ in range(depth))
+        self.norm = norm(dim)
+        if not layer_scale:
+            for b in self.blocks:
+                del b.gamma_1, b.gamma_2
+                b.gamma_1 = b.gamma_2 = 1.
+        for w in (self.token, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))): nn.init.trunc_normal_(w, std=.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
+
+# %% ../nbs/12_heads.ipynb #f0f5e4ac
+@patch
+def _look(self:ClassAttention, block, token, x, ids):
+    "What `token` (b,m,1,d) takes from sets of x (b,n,d)"
+    a, u, y = block.attn, block.norm1(token), block.norm1(x)
+    kv = torch.cat([a.k(y), a.v(y)], -1)
+    if ids is None: kv, where = kv[:, None], None
+    else:
+        kv = kv[torch.arange(len(x), device=x.device)[:, None, None], ids.clamp(min=0)] # (b,m,k,2d)
+        where = F.pad(ids >= 0, (1, 0), value=True).flatten(0, 1)[:, None, None]
+    k, v = torch.cat([torch.cat([a.k(u), a.v(u)], -1), kv], 2).flatten(0, 1).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    q = a.q(u).flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=where)
+    return a.proj(seen.transpose(1, 2).flatten(2)).unflatten(0, token.shape[:2])
+
+
+@patch
+def forward(self:ClassAttention, x:Tensor, # (b,n,d) tokens
+             ids:Tensor=None # (b,m,k) which tokens form each of m sets, -1 = none; if None, all of them form one
+            ) -> Tensor: # (b,d), or (b,m,d) with `ids`
+    token = self.token.expand(len(x), 1 if ids is None else ids.shape[1], 1, -1)
+    for block in self.blocks:
+        token = token + block.gamma_1*self._look(block, token, x, ids)
+        token = token + block.gamma_2*block.mlp(block.norm2(token))
+    token = self.norm(token)[:, :, 0]
+    return token[:, 0] if ids is None else token

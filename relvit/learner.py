@@ -15,12 +15,14 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .augment import ImageAugment, PatchAugment, parse_augment
-from .callbacks import (Accumulate, AugmentImages, AugmentPatches, AutoCast, AverageWeights, LeakWarning, MegaPatches,
-                              MixImages, PatchRelations, PermutePatches, task_metrics)
+from .callbacks import (Accumulate, AugmentImages, AugmentPatches, AutoCast, AverageWeights, ClipEach, LeakWarning, MakeViews,
+                              MegaPatches, MixImages, MoveTeacher, PatchRelations, PermutePatches, task_metrics)
 from .patches import pair
 from .recipes import get_recipe
 from .tasks import Classification, RelViT, bare, make_tasks
 from .tokens import TokenEncoder
+from .views import MultiCrop
+from . import dino, moco, selfpatch, sere # noqa: F401 whose tasks are then known by name
 
 # %% auto #0
 __all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 'pretrain_learner', 'FreezeEncoder',
@@ -28,17 +30,17 @@ __all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 
 
 # %% ../nbs/35_learner.ipynb #764b8fd9
 class AdamW(torch.optim.AdamW):
-    "torch's AdamW; decoupled weight decay on matrices and kernels only, unless `decay_all`"
-    def __init__(self, params, decay_all=False, **kwargs):
+    "torch's AdamW; decoupled weight decay on matrices and kernels only, unless `decay_all`; on class token and positions too if asked for"
+    def __init__(self, params, decay_all=False, decay_embeddings=False, **kwargs):
         super().__init__(params, **kwargs)
-        self.decay_all = decay_all
+        self.decay_all, self.decayed = decay_all, (2, 3, 4) if decay_embeddings else (2, 4)
 
     @torch.no_grad()
     def step(self, closure=None):
         if self.decay_all: return super().step(closure)
         rates = [g['weight_decay'] for g in self.param_groups]
         for g, wd in zip(self.param_groups, rates):
-            matrices = [w for w in g['params'] if w.grad is not None and w.ndim in (2, 4)]
+            matrices = [w for w in g['params'] if w.grad is not None and w.ndim in self.decayed]
             if wd and matrices: torch._foreach_mul_(matrices, 1 - g['lr']*wd)
             g['weight_decay'] = 0.
         try: return super().step(closure)
@@ -57,11 +59,11 @@ def split_parameters(model, layers=False # a group a layer, from the pixels up
 
 # %% ../nbs/35_learner.ipynb #6d01b783
 def encoder_of(source):
-    "The encoder of a Learner or a `RelViT`, averaged where its weights are; anything else as it is"
+    "The encoder of a Learner or a `RelViT`, averaged where its weights are, the teacher's where its host says so; anything else as it is"
     model = bare(getattr(source, 'model', source)) if isinstance(source, Learner) else source
     if not isinstance(model, RelViT): return model
-    if model.ema is None: return model.encoder
-    mean = copy.deepcopy(model.averaged.encoder)
+    if model.learnt is model.encoder: return model.encoder
+    mean = copy.deepcopy(model.learnt)
     for w, trained in zip(mean.parameters(), model.encoder.parameters()): w.requires_grad_(trained.requires_grad)
     return mean
 
@@ -84,7 +86,8 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
 # %% ../nbs/35_learner.ipynb #86141d53
 def _optimised(recipe):
     "Optimiser and groups of parameters, as a Learner takes them"
-    return dict(opt_func=partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all)),
+    return dict(opt_func=partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all,
+                                                             decay_embeddings=recipe.decay_embeddings)),
                 splitter=partial(split_parameters, layers=recipe.layer_decay < 1))
 
 def _label_callbacks(recipe, dls):
@@ -93,16 +96,28 @@ def _label_callbacks(recipe, dls):
     return [*([AugmentImages(augment)] if recipe.policy != 'none' or recipe.erase else []),
             *([MixImages(recipe.mixup, recipe.cutmix)] if recipe.mixup or recipe.cutmix else [])]
 
+def _view_callbacks(model, recipe, dls):
+    "Crops of the recipe, of whole patches and three of them a side at least, and a teacher that moves"
+    tasks, (H, W), (ph, pw) = model.view_tasks.values(), model.encoder.img_size, pair(model.encoder.p)
+    if not tasks: return []
+    local = tuple(min(max(round(recipe.local_size*s/p), 3)*p, s) for s, p in ((H, ph), (W, pw)))
+    size, local = (s[0] if s[0] == s[1] else s for s in ((H, W), local))
+    flip = .5 if getattr(getattr(dls, 'splits', None), 'flip', True) else 0.
+    crops = MultiCrop(size, local, locals=recipe.locals if any(t.local_crops for t in tasks) else 0, flip=flip,
+                      global_scale=recipe.global_scale, local_scale=recipe.local_scale)
+    return [MakeViews(crops), MoveTeacher(recipe.freeze_last)]
+
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
     "A Learner over `RelViT`: AdamW of the recipe, a table with every task"
-    cbs = [PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
+    made = [type(cb) for cb in L(cbs)]
+    cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if type(cb) not in made], PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
     if 'labels' in model.tasks: cbs += _label_callbacks(recipe, dls)
     learn = Learner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs,
                     **_optimised(recipe), **kwargs)
     learn.recipe = recipe
     return learn
 
-FITTED = 'name version says epochs bs lr final_lr betas wd decay_all warmup schedule clip layer_decay'.split() # what a fit may change
+FITTED = 'name version says epochs bs lr final_lr betas wd decay_all warmup schedule clip clip_each layer_decay final_wd decay_embeddings'.split() # what a fit may change
 
 @patch
 def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
@@ -117,8 +132,12 @@ def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
         for k, v in _optimised(recipe).items(): setattr(self, k, v)
         self.create_opt()
     below = range(len(self.opt.hypers) - 1, -1, -1)
-    lr = recipe.lr_at if recipe.layer_decay == 1 else lambda t: [recipe.lr_at(t)*recipe.layer_decay**d for d in below]
-    self.fit(n_epoch or recipe.epochs, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler({'lr': lr})] + ([GradientClip(recipe.clip)] if recipe.clip else []))
+    n_epoch = n_epoch or recipe.epochs
+    rate = partial(recipe.lr_at, steps=n_epoch*len(self.dls.train))
+    plan = dict(lr=rate if recipe.layer_decay == 1 else lambda t: [rate(t)*recipe.layer_decay**d for d in below])
+    if recipe.final_wd is not None: plan['wd'] = recipe.wd_at
+    clip = [(ClipEach if recipe.clip_each else GradientClip)(recipe.clip)] if recipe.clip else []
+    self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler(plan)] + clip)
 
 # %% ../nbs/35_learner.ipynb #5bebdf82
 def _patch_callbacks(encoder, mega, augment, permute, recipe):
@@ -159,9 +178,11 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
     recipe = get_recipe(recipe)
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder), add_cls=add_cls)
-    return _learner(dls, model, recipe, amp, _patch_callbacks(encoder, mega, augment, permute, recipe) + L(cbs), path=path)
+    related = any(t.view == 'patches' for t in model.tasks.values())
+    changes = _patch_callbacks(encoder, mega, augment, permute, recipe) if related else []
+    return _learner(dls, model, recipe, amp, changes + L(cbs), path=path)
 
-# %% ../nbs/35_learner.ipynb #d7917102
+# %% ../nbs/35_learner.ipynb #360ba392
 class FreezeEncoder(Callback):
     "Keeps the encoder as it is: no gradient, evaluation mode. Reads `learn.model.encoder`"
     def before_fit(self): bare(self.learn.model).encoder.requires_grad_(False)
@@ -186,13 +207,15 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     if seed is not None: torch.manual_seed(seed)
     recipe, classes = get_recipe(recipe), classes or getattr(dls, 'c', None)
     encoder = encoder_of(encoder)
-    if isinstance(encoder, TokenEncoder): encoder = _at_size_of(dls, copy.deepcopy(encoder))
+    if isinstance(encoder, TokenEncoder):
+        encoder = _at_size_of(dls, copy.deepcopy(encoder))
+        if encoder.is_vit: encoder.model.patch_embed.requires_grad_(True) # which MoCo v3 kept as it was
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     smoothing, zero = (own if said is None else said for said, own in ((smoothing, recipe.smoothing), (zero, recipe.zero_head)))
     model = RelViT(encoder, [Classification(classes, pool, smoothing=smoothing, zero=zero)])
     return _learner(dls, model, recipe, amp, L(cbs) + ([FreezeEncoder()] if freeze else []), path=path)
 
-# %% ../nbs/35_learner.ipynb #be43c0c1
+# %% ../nbs/35_learner.ipynb #4a83471f
 def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # see `make_tasks`
                   classes:int=None, pool=None, # for 'labels', see `finetune_learner`
                   leak=None, # False: relations see a shuffled view without positions; 'paper': the classifier's; the recipe's if None
@@ -216,7 +239,7 @@ def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # se
     views = _patch_callbacks(encoder, mega, augment, permute, recipe) if related and not leak else []
     return _learner(dls, model, recipe, amp, views + L(cbs), path=path)
 
-# %% ../nbs/35_learner.ipynb #12ff4842
+# %% ../nbs/35_learner.ipynb #f2f24db9
 @patch
 def faster(self:Learner, amp=False, # forward and loss in bfloat16 where it is safe: on GPUs, and CPUs that compute in it
            compile=False, # torch.compile the encoder: some seconds once, and again for every new image size

@@ -80,21 +80,29 @@ def positions(grid, # (h,w)
     return torch.stack([i % grid[1], i // grid[1]], -1)
 
 # %% ../nbs/01_patches.ipynb #f718ae59
+_kernels = dict(bilinear=(1, lambda d: 1 - d), # how far it reaches, weight at a distance, in pixels of the result or the source
+                bicubic=(2, lambda d: torch.where(d < 1, (1.5*d - 2.5)*d*d + 1, ((2.5 - .5*d)*d - 4)*d + 2)))
+
 def resample_matrix(start:Tensor, # (...) first pixel of each segment
                     length:Tensor, # (...) its pixels
                     out:int, # pixels to make of it
                     size:int, # pixels of the whole side; what lies beyond it counts as 0
-                    antialias=True) -> Tensor: # (...,out,size), rows sum to 1
-    "Weights that cut [start, start+length) out of a side of `size` pixels and resize it bilinearly to `out` pixels"
+                    antialias=True, # False for bilinear only
+                    kernel='bilinear' # or 'bicubic', as PIL and torch have it: overshoots, so clamp the result
+                   ) -> Tensor: # (...,out,size), rows sum to 1
+    "Weights that cut [start, start+length) out of a side of `size` pixels and resize it to `out` pixels"
+    if kernel not in _kernels: raise ValueError(f"kernel is 'bilinear' or 'bicubic', not {kernel!r}")
+    if kernel == 'bicubic' and not antialias: raise ValueError('bicubic weights are always antialiased')
     start, length = start[..., None, None].float(), length[..., None, None].float()
     scale = length/out
     centre = start + (torch.arange(out, device=start.device)[:, None] + .5)*scale
     pixel = torch.arange(size, device=start.device) + .5
-    support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
-    w = (1 - (pixel - centre).abs()/support).clamp(min=0)*((pixel > start) & (pixel < start + length))
+    distance = (pixel - centre).abs()/(scale.clamp(min=1) if antialias else torch.ones_like(scale))
+    reach, weight = _kernels[kernel]
+    w = weight(distance)*((distance < reach) & (pixel > start) & (pixel < start + length))
     return w/w.sum(-1, keepdim=True).clamp(min=1e-6)
 
-# %% ../nbs/01_patches.ipynb #154a353a
+# %% ../nbs/01_patches.ipynb #10b42f9a
 def resample(x:Tensor, # (b,c,H,W), uint8 or float
              rows:Tensor, # (b,oh,H) weights, see `resample_matrix`
              cols:Tensor # (b,ow,W)
@@ -103,7 +111,7 @@ def resample(x:Tensor, # (b,c,H,W), uint8 or float
     y = rows[:, None] @ (x if x.is_floating_point() else x.float()) @ cols[:, None].mT
     return y if x.is_floating_point() else y.round().clamp(0, 255).to(x.dtype)
 
-# %% ../nbs/01_patches.ipynb #10b42f9a
+# %% ../nbs/01_patches.ipynb #c7ae3e43
 def random_borders(b:int, # images
                    n:int, # patches of the lattice along one axis
                    side:int, # cells to make
@@ -113,7 +121,7 @@ def random_borders(b:int, # images
     cuts = _rand(b, n-1, generator=generator, device=device).argsort(-1)[:, :side-1].sort(-1).values + 1
     return torch.cat([cuts.new_zeros(b, 1), cuts, cuts.new_full((b, 1), n)], 1)
 
-# %% ../nbs/01_patches.ipynb #c7ae3e43
+# %% ../nbs/01_patches.ipynb #2e6a215f
 def mega_patches(x:Tensor, # (b,c,H,W) images
                  p, # side of a patch in pixels, before and after, int or (ph,pw)
                  side, # mega-patches a side, int or (rows, columns)

@@ -164,7 +164,7 @@ def after_validate(self:ProbeEpochs):
     seen = [seen for view, seen in model.passes().values() if view == 'patches'] or [None]
     pos_embed = seen[0] if self.pos_embed is None else self.pos_embed
     view = lambda x: valid.augment(x, torch.Generator())
-    a, b = (embed(model.encoder, ds, self.pool, pos_embed, view=view) for ds in self.parts)
+    a, b = (embed(model.learnt, ds, self.pool, pos_embed, view=view) for ds in self.parts)
     self.learn.probes = dict(knn_acc=knn(*a, *b, k=self.k))
 
 @patch

@@ -6,9 +6,11 @@
 from __future__ import annotations
 import difflib, math
 from dataclasses import asdict, dataclass, fields, replace
+from .teacher import cosine
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'Recipe', 'get_recipe', 'recipe_table']
+__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'dino_lr', 'Recipe', 'get_recipe',
+           'recipe_table']
 
 # %% ../nbs/30_recipes.ipynb #b12e5905
 def cosine_lr(t:float, # share of all steps done, 0 to 1
@@ -16,7 +18,7 @@ def cosine_lr(t:float, # share of all steps done, 0 to 1
               warmup=.1) -> float: # share of steps for the rise
     "Linear warm-up from a hundredth, then half a cosine wave from `lr` to `final`"
     if t < warmup: return lr*max(t/warmup, .01)
-    return final + (lr - final)*(1 + math.cos(math.pi*(t - warmup)/(1 - warmup)))/2
+    return cosine((t - warmup)/(1 - warmup), lr, final)
 
 # %% ../nbs/30_recipes.ipynb #c4cfa475
 def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
@@ -25,19 +27,25 @@ def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
     share = 1 - math.cos(math.pi/2*t)
     return lr*(1 - share) + final*share
 
-SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr)
+# %% ../nbs/30_recipes.ipynb #0ade83c6
+def dino_lr(t:float, lr=5e-4, final=1e-6, warmup=.1, steps:int=None) -> float: # `steps` of the whole run
+    "DINO's schedule: a warm-up from 0 that ends one step before the wave begins"
+    if t >= warmup - 1e-9: return cosine((t - warmup)/(1 - warmup), lr, final)
+    return lr*t/warmup if steps is None else lr*t*steps/max(warmup*steps - 1, 1)
 
-# %% ../nbs/30_recipes.ipynb #a4d26102
+SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr)
+
+# %% ../nbs/30_recipes.ipynb #33ed1dfc
 CHOICES = dict(schedule=tuple(SCHEDULES), policy=('none', 'randaugment', 'autoaugment'), jitter=('pixels', 'normalised'),
                splits=('held-out', 'reference'))
 RANGES = ( # what must hold, and for what
     ('above 0', lambda v: 0 < v < float('inf'), 'lr epochs bs'),
-    ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd clip mixup cutmix'),
+    ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd clip mixup cutmix locals freeze_last'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing erase ema warmup'),
-    ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'layer_decay'),
+    ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'layer_decay local_size'),
     ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
 
-# %% ../nbs/30_recipes.ipynb #a1442b22
+# %% ../nbs/30_recipes.ipynb #e7807925
 @dataclass(frozen=True, repr=False)
 class Recipe:
     "How a run is trained. Raises ValueError for an impossible number"
@@ -51,10 +59,13 @@ class Recipe:
     final_lr:float = 1e-5 # last learning rate
     betas:tuple = (.9, .98)
     wd:float = .05 # decoupled weight decay
+    final_wd:float|None = None # where the weight decay ends, along a cosine; it stays as it is if None
     decay_all:bool = False # decay biases, norms and embeddings too, as the released code does
+    decay_embeddings:bool = False # decay class token and positions too, as DINO and MoCo v3 do
     warmup:float = .1 # share of the steps
-    schedule:str = 'cosine' # 'cosine' or 'reference'
+    schedule:str = 'cosine' # 'cosine', 'reference' or 'dino'
     clip:float = 1. # largest norm of the whole gradient; 0 for none
+    clip_each:bool = False # of each tensor by itself, as DINO's code does
     layer_decay:float = 1. # learning rate of each layer over that of the one above it
     ema:float = 0. # decay of averaged weights, which are the ones that count then; 0 for none
     # regularisation, where labels are learnt
@@ -73,6 +84,12 @@ class Recipe:
     antialias:bool = True # mega-patches: filtered where they shrink; the released code's library did not
     permute:bool|None = None # shuffle patches; if None, where the encoder cannot help knowing places. Never, as released
     leak:bool = False # joint training: relation tasks see the positions of unshuffled patches, as released
+    # crops, where a teacher looks at them
+    locals:int = 4 # local crops of an image, beside two large ones
+    local_size:float = 3/7 # their side, as a share of the image's
+    global_scale:tuple = (.4, 1.) # smallest and largest share of the area of large crops
+    local_scale:tuple = (.05, .4) # and of local ones
+    freeze_last:int = 0 # epochs in which the last layer of a projection head stays as it is
     # data
     splits:str = 'held-out' # 'reference': choose on what is reported on, as released
     flip:bool|None = None # mirror training images; if None, where their class survives it. Always, as released: digits too
@@ -86,14 +103,17 @@ class Recipe:
         if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
             raise ValueError(f'betas must be two numbers from 0 to below 1, not {self.betas}')
 
-    def lr_at(self, t:float # share of all steps done
-             ) -> float: return SCHEDULES[self.schedule](t, self.lr, self.final_lr, self.warmup)
+    def lr_at(self, t:float, # share of all steps done
+              steps:int=None # all of them, for schedules that count
+             ) -> float:
+        return SCHEDULES[self.schedule](t, self.lr, self.final_lr, self.warmup, **(dict(steps=steps) if self.schedule == 'dino' else {}))
+    def wd_at(self, t:float) -> float: return self.wd if self.final_wd is None else cosine(t, self.wd, self.final_wd)
     def but(self, **changes): return replace(self, **changes)
     def asdict(self): return asdict(self)
     @classmethod
     def of(cls, values:dict): return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../nbs/30_recipes.ipynb #e7807925
+# %% ../nbs/30_recipes.ipynb #8270425a
 def _changes(r):
     "What differs from a recipe that says nothing"
     plain = {f.name: f.default for f in fields(Recipe)}
@@ -104,9 +124,12 @@ def _repr(r):
     return f'{r.name}, version {r.version}: {r.says}\n  {said or "nothing but the defaults"}'
 Recipe.__repr__ = _repr
 
-# %% ../nbs/30_recipes.ipynb #8270425a
+# %% ../nbs/30_recipes.ipynb #e7b87845
 _mixed = dict(betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25)
 _readme = dict(bs=256, lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, drop_path=.1)
+_dino = dict(final_lr=1e-6, betas=(.9, .999), wd=.04, final_wd=.4, decay_embeddings=True, schedule='dino', clip=3., clip_each=True,
+             drop_path=.1, freeze_last=1)
+_contrast = dict(betas=(.9, .999), schedule='dino', epochs=300, locals=0, global_scale=(.08, 1.))
 RECIPES = {r.name: r for r in (
     Recipe('default', says='short and plain: AdamW, warm-up, cosine'),
     Recipe('reference', says="RelViT's released code as it is, defects included", **_readme, schedule='reference', decay_all=True,
@@ -114,9 +137,15 @@ RECIPES = {r.name: r for r in (
     Recipe('paper', says="RelViT's numbers, with the defects of the released code mended", **_readme, zero_head=False),
     Recipe('modern', says='a ViT from scratch on a small data set: strong augmentation, mixed labels, averaged weights', bs=128,
            **_mixed, ema=.9998),
-    Recipe('finetune', says="a pretrained ViT end to end, as in SERE's Table 2 (MAE's numbers)", bs=512, warmup=.05, clip=0., layer_decay=.65, **_mixed))}
+    Recipe('finetune', says="a pretrained ViT end to end, as in SERE's Table 2 (MAE's numbers)", bs=512, warmup=.05, clip=0., layer_decay=.65, **_mixed),
+    Recipe('dino', says="DINO's ViT-S", bs=256, lr=5e-4, locals=8, **_dino),
+    Recipe('selfpatch', says="SelfPatch's ViT-S on DINO, its first 200 epochs", epochs=200, bs=1024, lr=2e-3, warmup=.05, locals=8,
+           global_scale=(.25, 1.), local_scale=(.05, .25), **_dino),
+    Recipe('sere', says="SERE's ViT-S on DINO, as printed", bs=512, lr=1e-3, global_scale=(.35, 1.), local_scale=(.05, .35), **_dino),
+    Recipe('moco3', says="MoCo v3's ViT-S", bs=1024, lr=6e-4, final_lr=0., wd=.1, decay_embeddings=True, warmup=40/300, clip=0., **_contrast),
+    Recipe('moby', says="MoBY's DeiT-S and Swin-T", bs=512, lr=1e-3, final_lr=5e-6, wd=.05, warmup=5/300, clip=5., drop_path=.2, **_contrast))}
 
-# %% ../nbs/30_recipes.ipynb #e7b87845
+# %% ../nbs/30_recipes.ipynb #bd30abbd
 def get_recipe(recipe # a `Recipe` or the name of one
               ) -> Recipe:
     "A recipe by name. Raises ValueError for an unknown one"
@@ -127,7 +156,7 @@ def get_recipe(recipe # a `Recipe` or the name of one
         raise ValueError(f'no recipe is called {recipe!r}; there are {", ".join(RECIPES)}{hint}')
     return RECIPES[recipe]
 
-# %% ../nbs/30_recipes.ipynb #66beed03
+# %% ../nbs/30_recipes.ipynb #a6195668
 def recipe_table(recipes=None # `Recipe`s; all known ones if None
                 ):
     "A pandas table of the fields in which recipes differ"

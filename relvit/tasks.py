@@ -13,10 +13,12 @@ from .heads import ClassHead, PairHead, TokenHead
 from .losses import mse, pair_cross_entropy
 from .patches import positions
 from .relations import (RELATIONS, angles, directions, distances, flat_index, relation_counts, spatial_relations)
+from .teacher import Teacher, cosine
 
 # %% auto #0
 __all__ = ['Truth', 'TASKS', 'Task', 'accuracy', 'off_diagonal', 'SpatialRelations', 'AbsolutePositions', 'Regression',
-           'Distances', 'Angles', 'Directions', 'Classification', 'make_tasks', 'Predictions', 'RelViT', 'bare']
+           'Distances', 'Angles', 'Directions', 'Classification', 'Seen', 'ViewTask', 'spread', 'make_tasks',
+           'Predictions', 'RelViT', 'bare']
 
 # %% ../nbs/20_tasks.ipynb #700c9573
 Truth = namedtuple('Truth', 'pos grid y') # what a target can be computed from: (b,n,2) positions, (h,w), (b,) labels
@@ -25,7 +27,7 @@ TASKS = {} # every task by its name
 class Task(nn.Module):
     "A question to the tokens. Say `make_head` and `target`; the rest is classification with classes in dimension 1"
     name = '' # under which `tasks=` finds it
-    view = 'patches' # which view it asks: 'patches' may be shuffled and each augmented by itself; 'image' is whole, as a recipe augments it
+    view = 'patches' # which view it asks: 'patches' may be shuffled and each augmented by itself; 'image' is whole, as a recipe augments it; 'views' are crops, see `ViewTask`
     shown = ('acc',) # metrics in the table of a Learner
 
     def __init__(self, weight=1.): # its share in the sum of losses
@@ -204,6 +206,55 @@ class Classification(Task):
         return dict(acc=((pred.argmax(1) == y).sum()/(y >= 0).sum().clamp(min=1)))
 
 # %% ../nbs/20_tasks.ipynb #054e77b1
+class Seen:
+    "What one network made of the crops of a batch"
+    def __init__(self, tokens, # list of `Tokens`, one a resolution, view after view; a teacher's may hold the global crops only
+                 views, # `Views` that they come from
+                 pool=None): # function of `Tokens`: (b,d) image token, where the encoder has none
+        self.tokens, self.views, self.pool, self._images = tokens, views, pool, {}
+
+    def image(self, i) -> Tensor: # (v*b,d)
+        "Image tokens of resolution i: the class token, or what a task pools, or the mean of the patches"
+        if i not in self._images:
+            t = self.tokens[i]
+            self._images[i] = t.cls if t.cls is not None else self.pool(t) if self.pool else t.patches.mean(1)
+        return self._images[i]
+
+    def by_view(self, x, i) -> Tensor: # (v*b,...) -> (v,b,...)
+        "Split what belongs to resolution i into its views"
+        return x.unflatten(0, (self.views.counts[i], -1))
+
+    def __repr__(self): return f'Seen({self.views!r}; {self.tokens})'
+
+# %% ../nbs/20_tasks.ipynb #2b1f6bdc
+class ViewTask(Task):
+    "A question about several crops of an image, answered by a teacher. Say `make_head`, `forward`, `teach` and `loss`"
+    view, shown = 'views', ('entropy', 'spread')
+    locals_too = False # must the teacher see the local crops?
+    local_crops = True # does the student look at local crops?
+    pools = False # does it make an image token, `image_token(tokens, head)`, where the encoder has none?
+    host = False # does it say how the teacher moves?
+    momentum, moves, counts = (.996, 1.), 'after', 'teacher' # of the teacher, cosine; before the forward pass or after the step; whose encoder to keep
+    epoch = 0 # a Learner counts it up
+
+    def taught_part(self): return self.head # of which the teacher has a copy
+    def last_layers(self): return [] # weights that stay as they are in the first epoch
+    def forward(self, seen:Seen) -> tuple: raise NotImplementedError(f'{type(self).__name__} must say forward(seen)')
+    def teach(self, seen:Seen, head) -> tuple: raise NotImplementedError(f'{type(self).__name__} must say teach(seen, head)')
+    def loss(self, pred, taught): raise NotImplementedError(f'{type(self).__name__} must say loss(pred, taught)')
+    def metrics(self, pred, taught): return {}
+    def remember(self, taught): "After the loss of a training batch: move centres, push queues"
+    def chance(self, grid): return {}
+    @property
+    def pairs(self): return False
+
+# %% ../nbs/20_tasks.ipynb #a85c7933
+def spread(x:Tensor # (...,d) features
+          ) -> Tensor: # scalar: 0 where all are one, 1 where they point everywhere
+    "Standard deviation of the directions of all rows. SimSiam's measure of collapse"
+    return F.normalize(x.detach().float(), dim=-1).flatten(0, -2).var(0, correction=0).sum().sqrt()
+
+# %% ../nbs/20_tasks.ipynb #4e154f24
 def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to weight or task; or a single one
                classes:int=None # for 'labels'
               ) -> dict[str, Task]:
@@ -225,7 +276,7 @@ def _make_task(t, classes, **kwargs):
     if isinstance(t, Classification) and t.classes is None: t.classes = classes
     return t
 
-# %% ../nbs/20_tasks.ipynb #8b2d5bda
+# %% ../nbs/20_tasks.ipynb #5951bfd5
 class Predictions(tuple):
     "Logits of every task in order, or by name, with the positions and the grid of the patches that they belong to"
     def __new__(cls, logits, # dict by task; fastai makes new ones from lists, without names
@@ -239,10 +290,11 @@ class Predictions(tuple):
     def __getitem__(self, i): return super().__getitem__(self.names.index(i) if isinstance(i, str) else i)
 
     def __repr__(self):
-        shapes = [f'{n} {tuple(x.shape)}' for n, x in zip(self.names or '?'*len(self), self)]
+        shape = lambda x: str(tuple(x.shape)) if isinstance(x, Tensor) else ' + '.join(map(shape, x)) if isinstance(x, (tuple, list)) else str(x)
+        shapes = [f'{n} {shape(x)}' for n, x in zip(self.names or '?'*len(self), self)]
         return f"Predictions({', '.join(shapes)}; grid {self.grid})"
 
-# %% ../nbs/20_tasks.ipynb #a85c7933
+# %% ../nbs/20_tasks.ipynb #509b22c9
 class RelViT(nn.Module):
     "An encoder and tasks over its tokens"
     def __init__(self, encoder, # `TokenEncoder`
@@ -256,30 +308,47 @@ class RelViT(nn.Module):
         self.encoder, self.pos_embed, self.grid = encoder, pos_embed, tuple(grid or encoder.grid)
         self.add_cls, self.ema = add_cls, None # timm's `ModelEmaV3` of this model, where its weights are averaged
         self.tasks = nn.ModuleDict({n: t.setup(encoder, self.grid) for n, t in make_tasks(tasks, classes).items()})
+        hosts = [n for n, t in self.view_tasks.items() if t.host]
+        if len(hosts) > 1: raise ValueError(f'{" and ".join(hosts)} each move the teacher in a way of their own: choose one of them')
+        parts = {n: t.taught_part() for n, t in self.view_tasks.items()}
+        self.teacher = Teacher(encoder, {n: p for n, p in parts.items() if p is not None}) if parts else None
         self.scores = {} # losses, and out of training metrics, of the last batch, by 'task_metric'
-        self._placed = None # positions, grid and sample of the last batch, for when fastai casts the predictions
+        self._placed, self._taught = None, {} # positions, grid and sample, and the teacher's answers, of the last batch
+
+    @property
+    def view_tasks(self): return {n: t for n, t in self.tasks.items() if t.view == 'views'}
+    @property
+    def host(self): # the task that says how the teacher moves
+        tasks = [*self.view_tasks.values()]
+        return next((t for t in tasks if t.host), tasks[0] if tasks else None)
 
     def passes(self) -> dict:
         "Which task needs which pass: (view, does it see positions) by name"
-        seen = lambda t: self.encoder.sees_positions(None if t.view == 'image' else self.pos_embed)
+        seen = lambda t: self.encoder.sees_positions(self.pos_embed if t.view == 'patches' else None)
         return {n: (t.view, seen(t)) for n, t in self.tasks.items()}
 
-# %% ../nbs/20_tasks.ipynb #72fac3e5
+# %% ../nbs/20_tasks.ipynb #6c2add8b
 @patch
 def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
             patches:Tensor=None, # (b,c,H',W') what the relation tasks shall see instead of x
             pos:Tensor=None, # (b,n,2) original positions of the patches; in order if None
-            picked:Tensor=None # (m,) ids of the tokens that pair tasks are asked about; all if None
+            picked:Tensor=None, # (m,) ids of the tokens that pair tasks are asked about; all if None
+            views=None # `Views` of x, for tasks with a teacher
            ) -> Predictions:
     "Logits of every task, from as few passes of the encoder as they need; out of training, of the averaged weights if there are any"
     if self.ema is not None and not self.training:
-        preds = self.ema.module(x, patches, pos, picked)
-        self._placed, self.grid = self.ema.module._placed, self.ema.module.grid
+        mean = self.ema.module
+        preds = mean(x, patches, pos, picked, views)
+        self._placed, self._taught, self.grid = mean._placed, mean._taught, mean.grid
         return preds
-    views, done, logits = dict(image=x, patches=x if patches is None else patches), {}, {}
+    images, done, logits = dict(image=x, patches=x if patches is None else patches), {}, {}
+    answers, self._taught = self._look_at(views)
     for name, (view, seen) in self.passes().items():
-        key = id(views[view]), seen
-        if key not in done: done[key] = self.encoder(views[view], pos_embed=seen)
+        if view == 'views':
+            if name in answers: logits[name] = answers[name]
+            continue
+        key = id(images[view]), seen
+        if key not in done: done[key] = self.encoder(images[view], pos_embed=seen)
         tokens, task = done[key], self.tasks[name]
         if view == 'patches':
             self.grid = tokens.grid
@@ -290,16 +359,45 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
     self._placed = pos, self.grid, picked
     return Predictions(logits, pos, self.grid, picked)
 
+@patch
+def _look_at(self:RelViT, views):
+    "What student and teacher answer about crops: each network looks once at each resolution"
+    tasks = self.view_tasks
+    if not tasks: return {}, {}
+    if views is None and not self.training: return {}, {} # who asks about relations only
+    if views is None: raise ValueError(f'{", ".join(tasks)} need crops of the images: model(x, views=MultiCrop(...)(x)), or a `MakeViews` callback')
+    pooling = next((n for n, t in tasks.items() if t.pools), None)
+    pool = lambda heads: pooling and (lambda tokens: tasks[pooling].image_token(tokens, heads[pooling]))
+    student = Seen([self.encoder(c) for c in views.crops], views, pool({n: t.head for n, t in tasks.items()}))
+    answers = {n: t(student) for n, t in tasks.items()}
+    with torch.no_grad():
+        crops = views.crops if any(t.locals_too for t in tasks.values()) else views.crops[:1]
+        teacher = Seen([self.teacher.encoder(c) for c in crops], views, pool(self.teacher.heads))
+        return answers, {n: t.teach(teacher, self.teacher.heads[n] if n in self.teacher.heads else None) for n, t in tasks.items()}
+
+@patch
+def move_teacher(self:RelViT, t:float=0., # share of the training that is done
+                 momentum:float=None): # the host's at t if None
+    "One step of the teacher's exponential mean"
+    parts = {n: task.taught_part() for n, task in self.view_tasks.items()}
+    self.teacher.update(self.encoder, parts, cosine(t, *self.host.momentum) if momentum is None else momentum)
+
 @patch(as_prop=True)
 def averaged(self:RelViT):
     "The model of the averaged weights; itself where none are"
     return self if self.ema is None else self.ema.module
 
+@patch(as_prop=True)
+def learnt(self:RelViT):
+    "The encoder that counts: of the averaged weights, or of the teacher where a host says so"
+    m = self.averaged
+    return m.teacher.encoder if m.teacher is not None and m.host.counts == 'teacher' else m.encoder
+
 def bare(model):
     "The model itself, where torch wrapped it to train it on several devices"
     return getattr(model, 'module', model)
 
-# %% ../nbs/20_tasks.ipynb #4e154f24
+# %% ../nbs/20_tasks.ipynb #53321bc1
 @patch
 def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels or (b,classes) shares, for 'labels'
         ) -> Tensor:
@@ -308,9 +406,11 @@ def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels or (b,class
     pos, grid, picked = (preds.pos, preds.grid, preds.picked) if known else self._placed
     total, self.scores, t = 0., {}, Truth(pos, grid, y)
     some = t if picked is None else t._replace(pos=pos[:, picked])
-    for (name, task), pred in zip(self.tasks.items(), preds):
-        target = task.truth(some if task.pairs else t)
+    for name, pred in zip(getattr(preds, 'names', None) or self.tasks, preds):
+        task = self.tasks[name]
+        target = self._taught[name] if task.view == 'views' else task.truth(some if task.pairs else t)
         loss = task.loss(pred, target)
+        if task.view == 'views' and self.training: task.remember(target)
         total, self.scores[f'{name}_loss'] = total + task.weight*loss, loss.detach()
         if not self.training:
             with torch.no_grad(): self.scores |= {f'{name}_{k}': v for k, v in task.metrics(pred, target).items()}

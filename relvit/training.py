@@ -4,7 +4,7 @@
 
 # %% ../nbs/39_training.ipynb #574df30d
 from __future__ import annotations
-import difflib, json, os, sys, time, typing, torch, yaml
+import difflib, inspect, json, os, sys, time, typing, torch, yaml
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
@@ -30,9 +30,10 @@ from .tasks import TASKS, Classification, RelViT, make_tasks
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'change_recipe', 'Config', 'Pretrain', 'Finetune',
-           'Joint', 'config_of', 'config_tasks', 'usable', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
-           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model']
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Config',
+           'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at', 'usable', 'settle',
+           'open_config_data', 'config_recipe', 'recipe_of', 'make_learner', 'Plan', 'count', 'as_time', 'plan',
+           'Console', 'train', 'show_learnt', 'load_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
@@ -71,11 +72,33 @@ def parse_tasks(tasks # names, or name=weight
     out = {}
     for t in tasks:
         name, _, w = t.partition('=')
-        try: out[name] = float(w or 1)
+        try: out[name] = float(w) if w else _default_weight(name)
         except ValueError: raise ValueError(f'the weight of task {name!r} must be a number, not {w!r}') from None
         if not 0 < out[name] < float('inf'): raise ValueError(f'the weight of task {name!r} must be above 0, not {w}')
     if not out: raise ValueError(f'tasks must name at least one of {", ".join(TASKS)}')
     if len(out) < len(tasks): raise ValueError(f'tasks names one of {", ".join(out)} more than once')
+    return out
+
+def _arguments(name): # of a task, and what they are if nobody says
+    return {k: p.default for k, p in inspect.signature(TASKS[name].__init__).parameters.items() if k not in ('self', 'weight')}
+
+def _default_weight(name):
+    if name not in TASKS: return 1. # which is said elsewhere
+    said = inspect.signature(TASKS[name].__init__).parameters.get('weight')
+    return float(said.default) if said else 1.
+
+def parse_task_args(pairs, # like dino.out=1024 selfpatch.border=clip
+                    tasks # names of those that there are
+                   ) -> dict: # name -> its arguments
+    "Arguments of tasks from text. Raises ValueError for a task that is not asked for, or knows no such argument"
+    out = {}
+    for k, v in parse_args(pairs, 'task_args').items():
+        name, _, arg = k.partition('.')
+        if name not in tasks or name not in TASKS: raise ValueError(f'task_args are written like dino.out=1024, with a task of {", ".join(tasks)}; not {k!r}')
+        if arg not in (known := _arguments(name)):
+            near = difflib.get_close_matches(arg, known, 1)
+            raise ValueError(f'task {name!r} has no {arg!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(known)}'))
+        out.setdefault(name, {})[arg] = tuple(v) if isinstance(v, list) else v
     return out
 
 def change_recipe(name, pairs # like mixup=0
@@ -211,6 +234,7 @@ class Config:
 class Pretrain(Config):
     "Pretrain an encoder on relations of patches; no label is looked at"
     tasks:tuple[str, ...] = ('relations', 'positions') # what to learn, each with a weight if wanted: relations=1 angles=.5
+    task_args:tuple[str, ...] = () # more for them, like dino.out=1024 selfpatch.border=clip
     head:Literal['qk', 'bilinear'] = 'qk' # of pair tasks: as released, or Eq. 8 in full
     mega:int|None = None # mega-patches a side
     augment:str|None = None # of each patch by itself, like colJitter:0.8-grayScale:0.2, or none; the recipe's
@@ -220,6 +244,7 @@ class Pretrain(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        parse_task_args(self.task_args, parse_tasks(self.tasks))
         if 'labels' in parse_tasks(self.tasks) and not isinstance(self, Joint):
             raise ValueError('pretraining looks at no label; joint learns labels and relations at once')
 
@@ -260,11 +285,14 @@ ENCODER = 'vit_small_patch16_224'
 def config_tasks(c) -> dict: # name -> task
     "The tasks of a configuration, with their weights and heads"
     weights = parse_tasks(c.tasks)
-    if c.head == 'qk': return weights
-    made = make_tasks(weights)
-    for t in made.values():
-        if hasattr(t, 'kind'): t.kind = c.head
-    return made
+    args = parse_task_args(c.task_args, weights)
+    if c.head != 'qk': args = {n: dict(kind=c.head) if 'kind' in _arguments(n) else {} for n in weights if n in TASKS} | args
+    try: return {n: TASKS[n](weight=w, **args[n]) if args.get(n) else w for n, w in weights.items()}
+    except (TypeError, RuntimeError) as e: raise ValueError(f'task_args cannot be: {e}') from e
+
+def looks_at(c, view) -> bool: # 'patches', 'image' or 'views'
+    "Does a task of this configuration look at such a view?"
+    return any(n in TASKS and TASKS[n].view == view for n in parse_tasks(getattr(c, 'tasks', ['labels'])))
 
 def usable(device:str) -> bool: # name, or None
     "Is this device here?"
@@ -346,7 +374,8 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
     labels = not isinstance(c, Pretrain) # a joint run takes unlabelled images too
     extra = [a] if (a := parse_augment(getattr(c, 'image_augment', 'none'), splits.img_size)) else []
     workers = c.workers if isinstance(splits.train, (ImageFiles, Shards)) else 0
-    dls = make_dls(splits, c.bs, getattr(c, 'few', None), labels, c.steps, c.seed, (c.scale, 1.), extra, workers, c.device, c.hold)
+    dls = make_dls(splits, c.bs, getattr(c, 'few', None), labels, c.steps, c.seed, (c.scale, 1.), looks_at(c, 'views') and not looks_at(c, 'image'), extra, workers,
+                   c.device, c.hold)
     torch.manual_seed(c.seed)
     encoder = encoder or _start(c, splits, dls, recipe)
     common = dict(recipe=recipe, amp=c.amp, seed=c.seed)
