@@ -30,10 +30,11 @@ record: setup
 	$(BIN)/python -W ignore -m relvit.demo --all --first 10 --record results/demo.json
 	cp demo/demo.png nbs/images/demo.png
 
-# two hours on 2 cores; a second call goes on where the first was stopped
+# three hours on 2 cores; a second call goes on where the first was stopped
 study: setup
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --record results/photos.json --keep runs/photos
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --modern --record results/modern.json --keep runs/photos
+	$(BIN)/python -W ignore -m relvit.methods $(DATA) --record results/methods.json --keep runs/methods
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py

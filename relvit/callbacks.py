@@ -15,7 +15,6 @@ from .patches import grid_of, mega_patches, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
 from .relations import spatial_relations
 from .tasks import bare
-from .views import MultiCrop
 from timm.utils import ModelEmaV3
 from torch import nn
 

@@ -151,7 +151,8 @@ def show_self_relations(x:Tensor, # (c,H,W) the image
 class SelfRelation(ViewTask):
     "What SERE's two tasks share: a head, its teacher's part, temperatures"
     shown = ('difference', 'entropy')
-    def __init__(self, weight, teacher_temp, student_temp, predictor, local_heads):
+    def __init__(self, weight, teacher_temp, student_temp, # of the softmax over rows
+                 predictor, local_heads): # see `PixelRelation`
         super().__init__(weight)
         self.teacher_temp, self.student_temp = teacher_temp, student_temp
         self.predictor, self.local_heads = predictor, local_heads
@@ -290,7 +291,7 @@ class ChannelRelation(SelfRelation):
 def released_sere(host='ibot', # name of the task that it stands beside
                   pixel=.2, channel=.5, # weights of the two relations
                  ) -> dict: # for `tasks=`
-    "The mixture of the released code: the host counts (4-pixel-channel)/2, local views have heads of their own, views that do not meet count"
+    "The mixture of the released code: the host counts (4-pixel-channel)/2, local views have own heads, disjoint ones count"
     return {host: (4 - pixel - channel)/2, 'pixel': PixelRelation(pixel, local_heads=True, dilute=True),
             'channel': ChannelRelation(channel, local_heads=True)}
 

@@ -26,7 +26,7 @@ from .recipes import Recipe, get_recipe
 from .relations import spatial_relations
 from .runs import RecordRun, Run, tracker
 from .shards import Shards
-from .tasks import TASKS, Classification, RelViT, make_tasks
+from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0

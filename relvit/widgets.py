@@ -121,6 +121,9 @@ class Explorer(W.VBox):
     def draw(self, **state): raise NotImplementedError(f'{type(self).__name__} must say draw(**state)')
     def grid(self): "(h,w) of the patches that a click chooses"
     def clicked(self, name, row, col): self.controls[self.query].value = row*self.grid()[1] + col if name == 'patch' else col
+    def limits(self): # the largest value of each control where it depends on others
+        h, w = self.grid() # a coarser grid has fewer patches to choose from
+        return {self.query: h*w - 1}
     def place(self): # row, column, rows, columns of the chosen patch, as a click would give them
         (h, w), k = self.grid(), self.controls[self.query].value
         return [k//w, k%w, h, w]
@@ -138,14 +141,15 @@ class Explorer(W.VBox):
         if getattr(self, 'held', False): return
         try:
             if self.query:
-                self.held, (h, w) = True, self.grid() # a coarser grid has fewer patches to choose from
-                self.controls[self.query].max, self.held = h*w - 1, False
+                limits, self.held = self.limits(), True
+                for name, most in limits.items(): self.controls[name].max = most
+                self.held = False
             png, found = rendered(self.draw(**self.state))
             with self.picture.hold_sync():
                 self.picture.png, self.picture.cells, self.picture.stale, self.picture.alt = png, found, False, self.alt
                 if self.query:
                     self.picture.at = row, col, *_ = self.place()
-                    self.picture.alt = f'{self.alt}; patch {self.controls[self.query].value}, row {row}, column {col}; the arrow keys walk'
+                    self.picture.alt = f'{self.alt}; {self.query} {self.controls[self.query].value}, row {row}, column {col}; the arrow keys walk'
             self.say('')
         except (ValueError, RuntimeError, FileNotFoundError) as e:
             self.picture.cells, self.picture.at, self.picture.stale = [], [], True
@@ -193,7 +197,7 @@ def _pixels(source):
     return x.permute(0, 3, 1, 2) if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3) else x
 
 def _choice(images): return W.IntSlider(0, 0, len(images) - 1, description='image', layout=W.Layout(display='none' if len(images) < 2 else ''))
-def _hidden(n, value=0): return W.BoundedIntText(value, min=0, max=n - 1, description='patch', layout=W.Layout(width='13em'))
+def _hidden(n, value=0, name='patch'): return W.BoundedIntText(value, min=0, max=n - 1, description=name, layout=W.Layout(width='13em'))
 def _axes(n, size, rows=1, legend=0., extra=.16): # fixed places: a layout that is computed takes longer than the picture
     "Square axes side by side, and a figure"
     fig = plt.figure(figsize=((n + legend)*size*1.08, rows*size*(1 + extra)))
@@ -341,7 +345,7 @@ class AttentionExplorer(Explorer):
                  images, # see `as_images`
                  size=2.55, pos_embed:bool=None): # see `TokenEncoder.forward`
         model = as_model(model)
-        self.encoder, self.size, self.pos_embed, self.looks = getattr(model, 'encoder', model), size, pos_embed, {}
+        self.encoder, self.size, self.pos_embed, self.looks = getattr(model, 'learnt', model), size, pos_embed, {}
         self.images = as_images(images, tuple(self.encoder.img_size), self.encoder.in_chans)
         first = self.look(0)
         (h, w), self.whole = first.grid(0), first.places[0][1] is None

@@ -47,15 +47,22 @@ def same(a, b):
     for x, y in zip(load_model(a).state_dict().values(), load_model(b).state_dict().values()): assert x.equal(y)
 
 
+def heads(task, **widths): return tuple(f'{task}.{k}={v}' for k, v in widths.items())
+
+
 MODES = dict(
     pretrain=lambda **k: Pretrain(**tiny, augment='colJitter:0.5-grayScale:0.2', permute=True, mega=3, **k),
     finetune=lambda **k: Finetune(**tiny, smoothing=.1, image_augment='colJitter:0.8', **k),
     joint=lambda **k: Joint(**tiny, tasks=('labels', 'relations', 'angles=.5'), **k),
-    modern=lambda **k: Joint(**tiny, recipe='modern', recipe_args=('layer_decay=.7',), accumulate=2, **k)) # 5 batches: one is left over
+    modern=lambda **k: Joint(**tiny, recipe='modern', recipe_args=('layer_decay=.7',), accumulate=2, **k), # 5 batches: one is left over
+    teacher=lambda **k: Pretrain(**tiny, tasks=('dino', 'selfpatch', 'pixel', 'channel', 'relations=.5'), recipe='dino', recipe_args=('locals=2',),
+                                 task_args=(*heads('dino', hidden=16, bottleneck=8, out=16), *heads('selfpatch', hidden=16, bottleneck=8, out=16)), **k),
+    queues=lambda **k: Pretrain(**tiny, tasks=('moby', 'selfpatch'), recipe='moby', accumulate=2,
+                                task_args=(*heads('moby', hidden=16, out=8, size=48), *heads('selfpatch', hidden=16, bottleneck=8, out=16)), **k),
+    contrast=lambda **k: Pretrain(**tiny, tasks=('moco3', 'channel'), task_args=heads('moco3', hidden=16, out=8), recipe='moco3', **k))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode,workers', [(m, w) for m in MODES for w in (0, 2) if not w or m not in ('teacher', 'queues', 'contrast')])
 def test_resume_is_exact(mode, workers, folder, tmp_path):
     "Cut inside an epoch, at its border, and in validation; images decoded by workers while others train"
     own = dict(data=str(folder), img_size=16, p=4, channels=1, memory=0., check=False, flip=False, scale=.5, workers=workers, out=str(tmp_path))

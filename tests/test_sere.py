@@ -323,7 +323,7 @@ def test_trains_in_a_model():
     "Tasks by name, beside each other and a task of RelViT; teacher and heads follow the student"
     torch.manual_seed(0)
     encoder = TokenEncoder('vit_tiny_patch16_224', img_size=32, p=8, depth=1, embed_dim=24, num_heads=2)
-    model = RelViT(encoder, {'relations': 1, 'pixel': 1, 'channel': PixelRelation and ChannelRelation(.5)})
+    model = RelViT(encoder, {'relations': 1, 'pixel': 1, 'channel': ChannelRelation(.5)})
     assert {n: sum(w.numel() for w in h.parameters()) for n, h in model.teacher.heads.items()} == dict(pixel=48, channel=48)
     views = MultiCrop(32, 16, locals=2)(images(), torch.Generator().manual_seed(1))
     opt, costs = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], 1e-3), []

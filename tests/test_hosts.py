@@ -1,0 +1,243 @@
+"DINO, MoCo v3 and MoBY: numbers of the reference implementations, laws of the engine, and training that does not collapse."
+from functools import cache
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from torch import nn
+from torch.testing import assert_close
+
+from relvit.callbacks import ClipEach
+from relvit.data import digits_dls
+from relvit.dino import DINO, warmed
+from relvit.heads import ProjectionHead, contrast_mlp
+from relvit.learner import encoder_of, pretrain_learner
+from relvit.moco import MoBY, MoCo3
+from relvit.recipes import get_recipe
+from relvit.selfpatch import SelfPatch
+from relvit.sere import ChannelRelation, PixelRelation
+from relvit.tasks import RelViT, spread
+from relvit.teacher import cosine
+from relvit.tokens import TokenEncoder
+from relvit.views import MultiCrop
+
+
+@cache
+def _load():
+    f = np.load(Path(__file__).parent/'fixtures/hosts.npz')
+    return {k: str(f[k]) if f[k].dtype.kind == 'U' else torch.as_tensor(f[k]) for k in f.files}
+
+
+def recorded(prefix):
+    found = {k.removeprefix(prefix): v.clone() if torch.is_tensor(v) else v for k, v in _load().items() if k.startswith(prefix)}
+    assert found, f'hosts.npz holds no {prefix}*'
+    return found
+
+
+def close(got, want, tol): assert_close(torch.as_tensor(got), want.to(torch.as_tensor(got).dtype), atol=tol, rtol=0)
+
+
+# the papers' code
+
+def projection(r, prefix, hidden, out):
+    "Our head with recorded weights: theirs are mlp.{0,2,4} and a weight-normed last layer"
+    head = ProjectionHead(r[f'{prefix}mlp.0.weight'].shape[1], out, hidden, r[f'{prefix}mlp.4.weight'].shape[0])
+    state = {k.removeprefix(prefix): v for k, v in r.items() if k.startswith(f'{prefix}mlp')}
+    assert (r[f'{prefix}last_layer.weight_g'] == 1).all()
+    head.load_state_dict(state | dict(last=r[f'{prefix}last_layer.weight_v']))
+    return head
+
+
+def test_projection_head():
+    r = recorded('dinohead/')
+    close(projection(r, 'w/', 20, 24)(r['x']), r['y'], 1e-6)
+
+
+def test_dino_loss_gradient_and_centre():
+    r = recorded('dino/')
+    temps = r['temp_schedule']
+    task = DINO(out=24, teacher_temp=temps[-1].item(), first_temp=temps[0].item(), warm_epochs=len(temps.unique()))
+    task.epoch = r['epoch'].item()
+    close([warmed(e, *task.temps) for e in range(len(temps))], temps, 1e-6)
+    task.center.value.copy_(r['center_in'][0])
+    s = r['student'].requires_grad_()
+    views = s.unflatten(0, (r['ncrops'].item(), -1)) # 2 globals, 4 locals
+    taught = (r['teacher'].unflatten(0, (2, -1)),)
+    loss = task.loss((views[:2], views[2:]), taught)
+    close(loss, r['loss'], 1e-4)
+    close(torch.autograd.grad(loss, s)[0], r['grad_student'], 1e-5)
+    task.remember(taught)
+    close(task.center.value, r['center_out'][0], 1e-6)
+
+
+def test_dino_as_selfpatch_runs_it():
+    "A centre of all crops, local ones too"
+    r = recorded('selfpatch/loss/')
+    task = DINO(out=20, teacher_temp=r['temp_schedule'][r['epoch']].item(), center='all')
+    task.center.value.copy_(r['center_in'].flatten())
+    pred = tuple(r[f's_cls_{x}'].squeeze(1).unflatten(0, (-1, 2)).requires_grad_() for x in 'gl')
+    taught = tuple(r[f't_cls_{x}'].squeeze(1).unflatten(0, (-1, 2)) for x in 'gl')
+    loss = task.loss(pred, taught)
+    close(loss, r['cls'], 1e-4)
+    task.remember(taught)
+    close(task.center.value, r['center_out'].flatten(), 1e-6)
+
+
+def test_moco3_loss():
+    r = recorded('mocov3/')
+    q, k = (torch.stack([r[f'{x}1'], r[f'{x}2']]) for x in 'qk')
+    close(MoCo3(temp=r['T'].item()).loss((q,), (k,)), r['loss'], 1e-5)
+
+
+def test_moby_loss():
+    r = recorded('moby/')
+    task = MoBY(out=12, size=16, temp=r['T'].item())
+    for queue, x in zip(task.queues, (r['queue1'], r['queue2'])): queue.keys.copy_(x.T)
+    pred, keys = (torch.stack([r[f'{x}1'], r[f'{x}2']]) for x in ('pred', 'key'))
+    close(task.loss((pred,), (keys,)), r['loss'], 1e-5)
+
+
+@pytest.mark.parametrize('key,ours', [
+    ('mocov3/projector_repr', lambda: contrast_mlp(12, 20, 20, 8)), ('mocov3/predictor_repr', lambda: contrast_mlp(8, 20, 8)),
+    ('moby/mlp_repr', lambda: contrast_mlp(12, 20, 8, last_norm=False))])
+def test_contrastive_heads_are_built_as_theirs(key, ours):
+    theirs = [line.split(': ', 1)[1] for line in _load()[key].splitlines() if ': Linear' in line or ': BatchNorm' in line or ': ReLU' in line]
+    plain = lambda text: text.replace('inplace=True', '').replace(', bias=True, track', ', track').replace(', bias=False, track', ', track')
+    assert [plain(repr(m)) for m in ours()] == [plain(t) for t in theirs]
+
+
+@pytest.mark.parametrize('key,epochs,per', [('sched/', 20, 4), ('selfpatch/sched/', 12, 5)])
+def test_schedules(key, epochs, per):
+    r, n = recorded(key), epochs*per
+    lr, ema, wd = (next(v for k, v in r.items() if k.startswith(x)) for x in ('lr', 'ema', 'wd'))
+    recipe = get_recipe('dino').but(lr=lr.max().item(), final_lr=1e-6, warmup=(5 if epochs == 20 else 3)/epochs)
+    close([recipe.lr_at(i/n, steps=n) for i in range(n)], lr, 1e-12)
+    close([cosine(i/n, *DINO.momentum) for i in range(n)], ema, 1e-12)
+    close([recipe.wd_at(i/n) for i in range(n)], wd, 1e-12)
+
+
+def test_moby_momentum():
+    r = recorded('moby/')['momentum_schedule_K20']
+    close([cosine(i/20, *MoBY(size=8, out=4).momentum) for i in range(20)], r, 1e-12)
+
+
+def test_clipping_tensor_by_tensor():
+    r, w = recorded('clip/'), nn.Linear(3, 2)
+    w.weight.grad, w.bias.grad = torch.full((2, 3), 5.), torch.full((2,), .1)
+    clip = ClipEach(3.)
+    clip.learn = type('Learn', (), dict(model=w))()
+    clip.before_step()
+    close(w.weight.grad, r['weight_grad_after'], 1e-5)
+    close(w.bias.grad, r['bias_grad_after'], 1e-6)
+
+
+# the engine
+
+small = dict(img_size=16, p=4, depth=2, embed_dim=48, num_heads=3)
+widths = dict(hidden=32, bottleneck=16, out=32)
+
+
+def encoder(**kw): return TokenEncoder('vit_tiny_patch16_224', **small, **kw)
+
+
+def crops(locals=2): return MultiCrop(16, local_size=12, locals=locals, flip=0)
+
+
+def counted(model, f):
+    "What each encoder was called with while f ran"
+    calls, hooks = [], []
+    for name, e in dict(student=model.encoder, teacher=model.teacher.encoder).items():
+        hooks.append(e.register_forward_pre_hook(lambda m, a, k, name=name: calls.append((name, a[0].shape[0], a[0].shape[-1], k.get('pos_embed'))),
+                                                 with_kwargs=True))
+    out = f()
+    for h in hooks: h.remove()
+    return out, calls
+
+
+def test_each_network_looks_once_at_each_resolution():
+    model = RelViT(encoder(cls=False), dict(dino=DINO(**widths), selfpatch=SelfPatch(.1, border='clip', **widths), pixel=1, channel=1, relations=.5))
+    x = torch.rand(3, 3, 16, 16)
+    views = crops()(x)
+    preds, calls = counted(model, lambda: model(views.view(0), views=views))
+    assert sorted(calls, key=str) == sorted([('student', 6, 16, None), ('student', 6, 12, None), ('student', 3, 16, False),
+                                             ('teacher', 6, 16, None), ('teacher', 6, 12, None)], key=str)
+    loss = model.loss(preds)
+    weights = dict(dino=1, selfpatch=.1, pixel=1, channel=1, relations=.5)
+    assert_close(loss.detach(), sum(w*model.scores[f'{n}_loss'] for n, w in weights.items()))
+
+
+def test_a_teacher_that_needs_no_local_crops_does_not_look_at_them():
+    model = RelViT(encoder(), [DINO(**widths)])
+    views = crops()(torch.rand(3, 3, 16, 16))
+    _, calls = counted(model, lambda: model(views.view(0), views=views))
+    assert ('teacher', 6, 12, None) not in calls and ('teacher', 6, 16, None) in calls
+
+
+def test_the_teacher_gets_no_gradient():
+    for tasks in ([DINO(**widths), SelfPatch(.1, **widths), 'pixel', 'channel'], [MoCo3(hidden=16, out=8), 'pixel'], [MoBY(hidden=16, out=8, size=8), SelfPatch(.1, **widths)]):
+        model = RelViT(encoder(cls=False), tasks)
+        views = crops()(torch.rand(4, 3, 16, 16))
+        model.loss(model(views.view(0), views=views)).backward()
+        assert all(w.grad is None for w in model.teacher.parameters())
+        assert all(w.grad is not None for w in model.encoder.model.blocks.parameters())
+        assert not any(w.requires_grad for w in model.teacher.parameters())
+
+
+def test_one_host_a_recipe():
+    with pytest.raises(ValueError, match='dino and moco3 each move the teacher'): RelViT(encoder(), [DINO(**widths), MoCo3(hidden=16, out=8)])
+    with pytest.raises(ValueError, match='dino need crops'): RelViT(encoder(), [DINO(**widths)])(torch.rand(2, 3, 16, 16))
+    with pytest.raises(ValueError, match='nothing to compare'):
+        model = RelViT(encoder(), [DINO(**widths)])
+        x = torch.rand(2, 3, 16, 16)
+        model.loss(model(x, views=MultiCrop(16, globals=1)(x)))
+
+
+def test_relations_may_be_asked_alone_out_of_training():
+    model = RelViT(encoder(), [DINO(**widths), 'relations']).eval()
+    preds = model(torch.rand(2, 3, 16, 16))
+    assert preds.names == ['relations']
+    model.loss(preds)
+    assert 'relations_acc' in model.scores
+
+
+def test_precision_of_losses_under_autocast():
+    model = RelViT(encoder(cls=False), [DINO(**widths), SelfPatch(.1, **widths), 'pixel', 'channel'])
+    views = crops()(torch.rand(4, 3, 16, 16))
+    with torch.autocast('cpu', torch.bfloat16): loss = model.loss(model(views.view(0), views=views))
+    assert loss.dtype == torch.float32 and all(v.dtype == torch.float32 for v in model.scores.values())
+    assert abs(loss - model.loss(model(views.view(0), views=views))) < .1
+
+
+# training
+
+METHODS = dict(
+    dino=(lambda: [DINO(**widths)], {}), moco3=(lambda: [MoCo3(hidden=64, out=32)], {}), moby=(lambda: [MoBY(hidden=64, out=32, size=256)], {}),
+    selfpatch=(lambda: [DINO(**widths, center='all'), SelfPatch(.1, border='clip', **widths)], dict(cls=False, final_norm=False)),
+    selfpatch_moby=(lambda: [MoBY(hidden=64, out=32, size=256), SelfPatch(.1, border='clip', **widths)], dict(cls=False)),
+    selfpatch_moco3=(lambda: [MoCo3(hidden=64, out=32), SelfPatch(.1, border='clip', **widths)], dict(cls=False)),
+    sere=(lambda: [DINO(**widths), PixelRelation(), ChannelRelation()], {}),
+    sere_moco3=(lambda: [MoCo3(hidden=64, out=32), PixelRelation(), ChannelRelation()], {}),
+    relations_only=(lambda: [PixelRelation(), ChannelRelation()], {}),
+    mixture=(lambda: dict(dino=DINO(**widths), selfpatch=SelfPatch(.1, border='clip', **widths), relations=.5), dict(cls=False)))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_it_trains_without_collapse(method):
+    "Thirty steps on digits: weights move, losses are finite, features stay apart, the teacher says something but not everything"
+    tasks, kw = METHODS[method]
+    dls = digits_dls(bs=32, steps=30, device='cpu', whole=True)
+    host = next((n for n in ('moco3', 'moby') if n in method), 'dino')
+    recipe = get_recipe(host).but(lr=1e-3, final_lr=1e-5, locals=2 if host == 'dino' else 0, freeze_last=0, warmup=.2)
+    torch.manual_seed(0)
+    enc = TokenEncoder('vit_tiny_patch16_224', **small, in_chans=1, mean=dls.mean, std=dls.std, **kw)
+    learn = pretrain_learner(dls, enc, tasks(), recipe=recipe, seed=0)
+    images = dls.valid.one_batch()[0]
+    view = lambda e: (lambda t: t.patches.flatten(1))(e.eval()(images))
+    with torch.no_grad(): before = view(enc)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1)
+    scores = {k: float(v) for k, v in learn.model.scores.items()}
+    with torch.no_grad(): after, counts = view(learn.model.encoder), view(encoder_of(learn))
+    assert all(np.isfinite(v) for v in scores.values()), scores
+    assert (after - before).abs().mean() > 1e-3 and spread(after) > .05 and spread(counts) > .05, (spread(after), spread(counts))
+    entropies = {k: v for k, v in scores.items() if k.endswith('entropy')}
+    assert all(v > .05 for v in entropies.values()), entropies
+    assert all(v > 1e-3 for k, v in scores.items() if k.endswith('spread')), scores
