@@ -40,6 +40,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/patches.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/widgets.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/train.py
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/methods.py
 
 # execute every notebook in place, keep light outputs, export the package, write README.md
 notebooks: setup

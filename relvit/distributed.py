@@ -27,7 +27,8 @@ class Distributed(DistributedTrainer or Callback):
         if DistributedTrainer is None: raise ImportError("training on several devices needs accelerate: pip install 'relvit[distributed]'")
         from accelerate import DistributedDataParallelKwargs
         unused = DistributedDataParallelKwargs(find_unused_parameters=True) # positions have no gradient while they are off
-        super().__init__(sync_bn=False, kwargs_handlers=[unused], cpu=cpu, **kwargs)
+        # on GPUs the batch norms of MoCo's, MoBY's and SERE's heads see the whole batch; gloo cannot do that
+        super().__init__(sync_bn=not cpu, kwargs_handlers=[unused], cpu=cpu, **kwargs)
     def _wrap_dl(self, dl): return dl # an `ImageLoader` shares its batches by itself
 
     def before_fit(self):

@@ -249,11 +249,12 @@ def faster(self:Learner, amp=False, # forward and loss in bfloat16 where it is s
           ) -> Learner:
     "Turn on what pays on this machine. Raises ValueError for less than one batch a step"
     if accumulate < 1: raise ValueError(f'accumulate counts batches, so it is 1 or more, not {accumulate}')
-    encoder = self.model.encoder
-    for m in encoder.modules():
-        if hasattr(m, 'fused_attn') and not fused: m.fused_attn = False # else timm knows best
-    if channels_last: encoder.to(memory_format=torch.channels_last)
-    if compile: encoder.compile()
+    teacher = self.model.teacher
+    for encoder in (self.model.encoder, *([teacher.encoder] if teacher else [])):
+        for m in encoder.modules():
+            if hasattr(m, 'fused_attn') and not fused: m.fused_attn = False # else timm knows best
+        if channels_last: encoder.to(memory_format=torch.channels_last)
+        if compile: encoder.compile()
     if amp and not hasattr(self, 'auto_cast'): self.add_cb(AutoCast())
     if accumulate > 1: self.add_cb(Accumulate(accumulate))
     return self

@@ -87,12 +87,13 @@ def info_nce(q:Tensor, # (b,d) queries, of any length
              queue:Tensor=None # (m,d) keys of other images; the other keys of the batch if None
             ) -> Tensor: # scalar
     "InfoNCE of cosine similarities. Eq. 1 of MoCo v3, Eq. 1 of MoBY"
-    q, k = (F.normalize(full(x), dim=-1) for x in (q, k.detach()))
-    if queue is None:
-        keys, first = _all_rows(k)
-        return F.cross_entropy(q @ keys.T/temp, torch.arange(len(q), device=q.device) + first)
-    logits = torch.cat([(q*k).sum(-1, keepdim=True), q @ queue.T.to(q)], 1)/temp
-    return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))
+    with torch.autocast(q.device.type, enabled=False): # which would multiply in half precision
+        q, k = (F.normalize(full(x), dim=-1) for x in (q, k.detach()))
+        if queue is None:
+            keys, first = _all_rows(k)
+            return F.cross_entropy(q @ keys.T/temp, torch.arange(len(q), device=q.device) + first)
+        logits = torch.cat([(q*k).sum(-1, keepdim=True), q @ queue.T.to(q)], 1)/temp
+        return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))
 
 # %% ../nbs/13_losses.ipynb #3fe8ff9e
 class Queue(nn.Module):

@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn, Tensor
-from torch.nn.functional import normalize
 from matplotlib.patheffects import withStroke
 from .callbacks import MakeViews
 from .features import similarity
@@ -24,7 +23,7 @@ from .views import MultiCrop, sampling_grids
 from .widgets import Explorer, _axes, _choice, _hidden, _pixels, as_images, as_model
 
 # %% auto #0
-__all__ = ['networks', 'ranked', 'draw_positives', 'PositivesExplorer', 'as_photos', 'SelfRelationExplorer']
+__all__ = ['networks', 'ranked', 'draw_positives', 'PositivesExplorer', 'choice', 'as_photos', 'SelfRelationExplorer']
 
 # %% ../nbs/54_method_widgets.ipynb #921085cb
 def networks(model # `RelViT` or `TokenEncoder`
@@ -67,14 +66,14 @@ def draw_positives(x, # image, see `plots.as_image`
                    k=4, border='wrap', window=3,
                    size=2.55, most=16): # inches of a panel; neighbours named at most
     "A patch's positives on the image, how alike all patches are to it, and its neighbours in order"
+    rows = ranked(tokens, grid, query, k, border, window) # raises before there is a figure
     fig, (on, field, names) = _axes(3, size)
     show_positives(x, tokens, grid, query, k, border, window, on, f'{query} and its positives')
-    rows, side = ranked(tokens, grid, query, k, border, window), (on.get_ylim()[0]/grid[0], on.get_xlim()[1]/grid[1])
-    show_field(similarity(tokens[None], query)[0], side, x, query, ax=field, title='bright is alike', cmap='cividis', lo=-1, hi=1, alpha=.8)
-    for i, _, taken, *_ in rows:
-        if not taken: continue
-        frame(field, i, side, grid[1], lw=1.5)
-        field.patches[-1].set(path_effects=[withStroke(linewidth=3.5, foreground='k')]) # orange on yellow
+    side = on.get_ylim()[0]/grid[0], on.get_xlim()[1]/grid[1]
+    show_field(similarity(tokens[None], query)[0], side, x, ax=field, title='bright is alike', cmap='cividis', lo=-1, hi=1, alpha=.8)
+    for i in [*(r[0] for r in rows if r[2]), query]:
+        frame(field, i, side, grid[1], 'w' if i == query else '#f58518', 2)
+        field.patches[-1].set(path_effects=[withStroke(linewidth=4, foreground='k')]) # orange on yellow
     for ax in (on, field): cells(ax, 'patch', *grid)
     _bars(cells(names, 'candidate', min(len(rows), most), 1), rows[:most], len(rows))
     return fig
@@ -117,47 +116,41 @@ class PositivesExplorer(Explorer):
         (h, w), window = self.grid(), self.controls['window'].value
         return super().limits() | dict(k=min(h*w, window**2 or h*w) - 1)
 
+    def asked(self, image, tokens, k, window, border, patch=None): # what `ranked` and `choice` want
+        return self.tokens(image, tokens), self.grid(), *([] if patch is None else [patch]), k, border, window or None
+    def draw(self, image, tokens, k, window, border, patch):
+        self.controls['border'].disabled = not window # who sees all has none
+        return draw_positives(self.images[image], *self.asked(image, tokens, k, window, border, patch), self.size)
+    def clicked(self, name, row, col):
+        if name == 'candidate': self.controls['patch'].value = ranked(*self.asked(**self.state))[row][0]
+        else: super().clicked(name, row, col)
+    def hint(self): return choice(*self.asked(**self.state | dict(patch=None)))
+
 # %% ../nbs/54_method_widgets.ipynb #532cf5c5
 @patch
 def tokens(self:PositivesExplorer, image, which) -> Tensor: # (n,d), one pass of a network an image
     network, state = which
     if network == 'pixels':
         x, side = self.images[image:image + 1], [s//g for s, g in zip(self.images.shape[-2:], self.grid())]
-        z = to_patches(x.float()/(255 if x.dtype == torch.uint8 else 1), side)[0]
+        z = to_patches(x.float()/(255 if x.dtype == torch.uint8 else 1), side)[0].cpu()
         return (z - z.mean((0, 2, 3), keepdim=True)).flatten(1)
     if (image, network) not in self.kept:
         self.kept[image, network] = _ask(self.networks[network], self.images[image:image + 1], self.pos_embed)
     return getattr(self.kept[image, network], state)[0].float().cpu()
 
-@patch
-def draw(self:PositivesExplorer, image, tokens, k, window, border, patch):
-    self.controls['border'].disabled = not window
-    return draw_positives(self.images[image], self.tokens(image, tokens), self.grid(), patch, k, border, window or None, self.size)
-
-@patch
-def clicked(self:PositivesExplorer, name, row, col):
-    s = self.state
-    if name == 'candidate':
-        rows = ranked(self.tokens(s['image'], s['tokens']), self.grid(), s['patch'], s['k'], s['border'], s['window'] or None)
-        self.controls['patch'].value = rows[row][0]
-    else: Explorer.clicked(self, name, row, col)
-
-# %% ../nbs/54_method_widgets.ipynb #28fca3d0
-@patch
-def hint(self:PositivesExplorer):
-    "How alike a patch's positives are to it, beside its neighbours and beside all patches, and how many are not really there"
-    image, tokens, k, window, border, _ = self.state.values()
-    z, grid, where = self.tokens(image, tokens), self.grid(), (border, window or None)
-    near, taken = neighbours(grid, where[1], border), positives(z[None], grid, k, *where)[0]
-    alike = lambda ids: similarities(z[None], ids)[0][ids >= 0].mean().item()
+def choice(tokens:Tensor, grid, k=4, border='wrap', window=3) -> str: # see `ranked`
+    "How alike positives are beside all neighbours and beside all patches, and how many are not really there, in words"
+    near, taken = neighbours(grid, window, border), positives(tokens[None], grid, k, border, window)[0]
+    alike = lambda ids: similarities(tokens[None], ids)[0][ids >= 0].mean().item()
     others = alike(neighbours(grid, None, 'clip'))
     words = f'cosine of a patch to its positives {alike(taken):.2f} on average, to any neighbour {alike(near):.2f}, to any patch {others:.2f}'
     if window and border == 'wrap':
         real = neighbours(grid, window, 'clip')
-        words += f'; {1 - (taken[:, :, None] == real[:, None]).any(-1).float().mean():.0%} of all positives lie across the border'
+        there = (taken[:, :, None] == real[:, None]).any(-1).float().mean()
+        words += f'. {1 - there:.0%} of all positives lie across the border, of all neighbours {(real < 0).float().mean():.0%}'
     return words + ('. All tokens are nearly the same: has this network been trained?' if others > .95 else '')
 
-# %% ../nbs/54_method_widgets.ipynb #0ff21245
+# %% ../nbs/54_method_widgets.ipynb #c7a6f7d9
 def as_photos(source, # like `as_images`, but of any size
               side:int, # pixels that files are brought to
               channels=3, most=50) -> list: # of (c,H,W)
@@ -168,7 +161,7 @@ def as_photos(source, # like `as_images`, but of any size
     if x.ndim != 4 or x.shape[1] != channels: raise ValueError(f'this model wants images of {channels} channels, not {tuple(x.shape)}')
     return list(x)
 
-# %% ../nbs/54_method_widgets.ipynb #c7a6f7d9
+# %% ../nbs/54_method_widgets.ipynb #3e7159db
 def _own(head):
     "A copy, with the statistics of its training; where it had none, with those of what it sees"
     norm = next(m for m in head.modules() if isinstance(m, nn.BatchNorm2d))
@@ -179,7 +172,7 @@ def _related(model): # name -> encoder, and what its relations are taken from
     heads = {} if name is None else dict(teacher=model.teacher.heads[name], student=model.tasks[name].head[0])
     return {n: (e, _own(heads.get(n) or RelationHead(e.dim, predictor=False))) for n, e in networks(model).items()}
 
-# %% ../nbs/54_method_widgets.ipynb #3e7159db
+# %% ../nbs/54_method_widgets.ipynb #4620bd98
 class SelfRelationExplorer(Explorer):
     "Do two views of an image relate their common places, and their channels, in the same way?"
     query = 'point'
@@ -204,8 +197,29 @@ class SelfRelationExplorer(Explorer):
             point=_hidden(h*w, h//2*w + w//2, 'point'))
 
     def grid(self): return self.points
+    def draw(self, image, crops, area, network, heads, temp, point):
+        views, f = self.look(image, crops, area, network)
+        self.common(views)
+        fig, order = show_self_relations(self.images[image], views, f, point, heads, self.points, temp), f.mean((0, 2, 3)).argsort()
+        for ax in fig.axes: # channels from weak to strong
+            if ax.get_label() in ('c0', 'c1'): ax.images[0].set_data(ax.images[0].get_array()[order][:, order])
+        return fig
 
-# %% ../nbs/54_method_widgets.ipynb #4620bd98
+    def clicked(self, name, row, col):
+        if name == 'patch': return super().clicked(name, row, col) # an arrow key
+        views, _ = self.look(*[self.state[k] for k in ('image', 'crops', 'area', 'network')])
+        rows, cols = next(c[5:] for c in self.picture.cells if c[0] == name)
+        place = dict(photo='photo', view0=0, view1=1)[name]
+        self.controls['point'].value = query_at(views, place, (col + .5)/cols, (row + .5)/rows, self.points)
+
+    def hint(self):
+        s, n = self.state, len(self.images)
+        words = 'bright: like the star. The relations of these views are apart, from 0 to 2, by {:.2f} (places) and {:.2f} (channels)'
+        words = words.format(*self.apart(s['image']))
+        try: return words + ('; those of this image and the next by {:.2f} and {:.2f}'.format(*self.apart((s['image'] + 1) % n)) if n > 1 else '')
+        except ValueError: return words # there, no two views meet
+
+# %% ../nbs/54_method_widgets.ipynb #516969d6
 @patch
 @torch.no_grad()
 def look(self:SelfRelationExplorer, image, crops, area, network): # two views and their maps (2,d,h,w), one pass of a network
@@ -217,24 +231,7 @@ def look(self:SelfRelationExplorer, image, crops, area, network): # two views an
         self.looks[key] = views, head(as_map(_ask(encoder, views.crops[0])).float().cpu())
     return self.looks[key]
 
-@patch
-def draw(self:SelfRelationExplorer, image, crops, area, network, heads, temp, point):
-    views, f = self.look(image, crops, area, network)
-    self.common(views)
-    fig, order = show_self_relations(self.images[image], views, f, point, heads, self.points, temp), f.mean((0, 2, 3)).argsort()
-    for ax in fig.axes:
-        if ax.get_label() in ('c0', 'c1'): ax.images[0].set_data(ax.images[0].get_array()[order][:, order])
-    return fig
-
-@patch
-def clicked(self:SelfRelationExplorer, name, row, col):
-    if name == 'patch': return Explorer.clicked(self, name, row, col) # an arrow key
-    views, _ = self.look(*[self.state[k] for k in ('image', 'crops', 'area', 'network')])
-    rows, cols = next(c[5:] for c in self.picture.cells if c[0] == name)
-    place = dict(photo='photo', view0=0, view1=1)[name]
-    self.controls['point'].value = query_at(views, place, (col + .5)/cols, (row + .5)/rows, self.points)
-
-# %% ../nbs/54_method_widgets.ipynb #516969d6
+# %% ../nbs/54_method_widgets.ipynb #723a439c
 @patch
 def common(self:SelfRelationExplorer, views): # points of the overlap in the frame of each, (2,s,t,2)
     *grids, meets = sampling_grids(views.boxes[0, 0], views.boxes[1, 0], self.points, cells=True)
@@ -250,15 +247,3 @@ def apart(self:SelfRelationExplorer, other) -> tuple: # of places and of channel
     a, b = (pixel_relation(f[None], s['heads'], g[None], 'border') for f, g in ((maps[0], grids[0]), (theirs[1], there[1])))
     c, d = channel_relation(maps[:1]), channel_relation(theirs[1:])
     return relation_difference(a, b, s['temp']).mean().item(), relation_difference(c, d, self.temp).mean().item()
-
-@patch
-def hint(self:SelfRelationExplorer):
-    "How far the relations of two views are apart, beside those of two images"
-    n, image = len(self.images), self.state['image']
-    places, channels = self.apart(image)
-    words = ('bright: like the star. The relations of these views are apart, from 0 to 2, by '
-             f'{places:.2f} (places) and {channels:.2f} (channels)')
-    if n < 2: return words
-    try: places, channels = self.apart((image + 1) % n)
-    except ValueError: return words
-    return f'{words}; those of this image and the next by {places:.2f} and {channels:.2f}'
