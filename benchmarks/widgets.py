@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from relvit.checkpoint import write_whole
+from relvit.method_widgets import PositivesExplorer, SelfRelationExplorer
 from relvit.runs import provenance
 from relvit.tasks import RelViT
 from relvit.tokens import TokenEncoder
@@ -31,6 +32,8 @@ def explorers(size):
     yield 'AttentionExplorer, rollout to a layer', rolled(AttentionExplorer(model, images)), 'layer', list(range(11))*4, 'looks'
     yield 'JigsawExplorer, steps', JigsawExplorer(model, images), 'steps', half, 'solved'
     yield 'MethodComparison, a patch', MethodComparison(dict(a=model, b=other), images), 'patch', patches, 'kept'
+    yield 'PositivesExplorer, a patch', PositivesExplorer(model, images), 'patch', patches, 'kept'
+    yield 'SelfRelationExplorer, a point', SelfRelationExplorer(model, images), 'point', [7*k % 169 for k in range(1, 40)], 'looks'
     yield 'PatchPlayground, another order', PatchPlayground(images, 16), 'order', list(range(1, 21))*2, None
 
 

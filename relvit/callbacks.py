@@ -11,7 +11,7 @@ from fastai.learner import Metric
 from fastai.torch_core import num_distrib
 from fastcore.basics import store_attr
 from .augment import ImageAugment, PatchAugment, dino_views
-from .patches import grid_of, mega_patches, permute, positions, random_perms
+from .patches import grid_of, mega_patches, pair, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
 from .relations import spatial_relations
 from .tasks import bare
@@ -133,20 +133,23 @@ class PatchRelations(Callback):
 # %% ../nbs/33_callbacks.ipynb #92df5b8c
 class MakeViews(PatchCallback):
     """Cuts crops out of each image and colours them. Reads `learn.model.tasks`; reads and sets `learn.xb`, whose image becomes
-    the first large crop (a second view, where a task reads the image); sets `learn.views`"""
+    the first large crop in training (a second view, where a task reads the image); sets `learn.views`"""
     order = 4
     def __init__(self, crops, # `MultiCrop`
                  colours='dino', # functions of (b,c,s,s) for the first large crop, the other large ones, the local ones; None for none
                  valid=True, seed=0):
         super().__init__(valid, seed)
-        self.crops, self.colours = crops, dino_views((.1*crops.size/224, 2*crops.size/224)) if colours == 'dino' else colours
+        share = min(pair(crops.size))/224 # the blur is meant for 224 pixels
+        self.crops, self.colours = crops, dino_views((.1*share, 2*share)) if colours == 'dino' else colours
 
     def before_batch(self):
         x = self.learn.xb[0]
         views = self.learn.views = self.change(x)
         self.last = x[:1].detach().clone(), views.of(0)
-        tasks, first = [t.view for t in bare(self.learn.model).tasks.values()], views.view(0)
-        self.learn.xb = (x, first, None) if 'image' in tasks else (first, None, None)
+        model = bare(self.learn.model)
+        first = views.view(0) if self.learn.training else x # relations are judged on plain images, as without a teacher
+        whole = any(t.view == 'image' for t in model.tasks.values())
+        self.learn.xb = (x, None if model.pos_embed else first, None) if whole else (first, None, None) # who leaks sees the classifier's view
 
     def change(self, x):
         views = self.crops(x, self.generator)
@@ -236,6 +239,7 @@ class AverageWeights(Callback):
     def before_fit(self):
         model = bare(self.learn.model)
         if model.ema is not None: return
+        if model.teacher is not None: raise ValueError('a teacher is a mean of weights already, and what it knows of batches has no mean: use a recipe with ema=0')
         model.scores = {}
         model.ema = ModelEmaV3(model, decay=self.decay, use_warmup=True).requires_grad_(False)
 

@@ -61,7 +61,7 @@ def save(obj, # Learner, `RelViT` or `TokenEncoder`
     "Write a model and its configuration. Raises TypeError where the configuration is not plain data"
     model = _model(obj)
     enc, tasks = _encoder(model), {n: type(t).__name__ for n, t in getattr(model, 'tasks', {}).items()}
-    if getattr(model, 'teacher', None) is not None: meta['counts'] = model.host.counts # whose encoder it is about
+    if getattr(model, 'teacher', None) is not None: meta['counts'] = model.counts # whose encoder it is about
     meta = dict(kind=type(model).__name__, version=__version__, encoder=enc.config, grid=enc.grid, tasks=tasks, **meta)
     return _write(model.state_dict() | (tensors or {}), meta, path)
 
@@ -127,7 +127,7 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
     report.taken, report.missing = list(new), [n for n in mine if n not in new]
     if not any('model.' in n for n in new): raise ValueError(f'no weight of the encoder fits: {report!r}')
     model.load_state_dict({**mine, **new})
-    if getattr(model, 'teacher', None) is not None and not any(n.startswith('teacher.') for n in new): model.move_teacher(momentum=0.)
+    if getattr(model, 'teacher', None) is not None and not any(n.startswith('teacher.') for n in new): model.start_teacher()
     if getattr(model, 'ema', None) is not None and not any(n.startswith(MEAN) for n in new): model.ema.set(model)
     return report
 

@@ -4,11 +4,12 @@
 
 # %% ../nbs/21_dino.ipynb #9c7e2039
 from __future__ import annotations
-import torch
+import math
 from fastcore.basics import patch
+from torch import Tensor
 from .heads import ProjectionHead
-from .losses import Centre, soft_cross_entropy, teacher_entropy
-from .tasks import Seen, ViewTask, spread
+from .losses import Centre, full, sharpened, teacher_entropy
+from .tasks import Seen, ViewTask, above_0, from_0_to_1, spread
 
 # %% auto #0
 __all__ = ['warmed', 'DINO', 'cross_views']
@@ -30,13 +31,16 @@ class DINO(ViewTask):
                  center_momentum=.9, center='globals', # 'all': of the local crops too, as SelfPatch's released code does
                  momentum=.996): # of the teacher, at the start
         super().__init__(weight)
+        above_0(out=out, hidden=hidden, bottleneck=bottleneck, student_temp=student_temp, teacher_temp=teacher_temp)
+        from_0_to_1(momentum=momentum, center_momentum=center_momentum)
         if center not in ('globals', 'all'): raise ValueError(f"center is 'globals' or 'all', not {center!r}")
         self.widths, self.norm_last, self.student_temp = (out, hidden, bottleneck), norm_last, student_temp
         self.temps, self.momentum = (teacher_temp, first_temp, warm_epochs), (momentum, 1.)
         self.center, self.locals_too = Centre(out, center_momentum), center == 'all'
 
     def make_head(self, encoder, grid): return ProjectionHead(encoder.dim, *self.widths, norm_last=self.norm_last)
-    def last_layers(self): return [self.head.last]
+    def last_layers(self): return self.head.last_layer()
+    def chance(self, grid): return dict(entropy=math.log(self.widths[0])) # of a teacher that knows nothing
     @property
     def teacher_temp(self): return warmed(self.epoch, *self.temps)
 
@@ -49,15 +53,16 @@ class DINO(ViewTask):
 # %% ../nbs/21_dino.ipynb #9f1f406b
 def cross_views(pred, # of the student: (v,b,k) logits for each resolution, globals first
                 taught, # of the teacher: (q,b,k) of the globals
-                *args): # temperatures and centre, see `soft_cross_entropy`
-    "Mean over all pairs of a teacher's crop and another crop of the student"
-    total, n = 0., 0
-    for q, target in enumerate(taught):
-        for i, s in enumerate(pred):
-            s = s if i else torch.cat([s[:q], s[q+1:]]) # never with itself
-            total, n = total + soft_cross_entropy(s, target, *args).mean(-1).sum(), n + len(s)
-    if not n: raise ValueError('one global crop and no local ones: there is nothing to compare')
-    return total/n
+                student_temp:float, teacher_temp:float, center=0. # see `soft_cross_entropy`
+               ) -> Tensor: # scalar
+    "Mean of `soft_cross_entropy` over all pairs of a teacher's crop and another crop of the student"
+    targets, total = sharpened(taught, teacher_temp, center), 0.
+    pairs = len(targets)*(sum(map(len, pred)) - 1)
+    if not pairs: raise ValueError('one global crop and no local ones: there is nothing to compare')
+    for i, s in enumerate(pred):
+        target = targets.sum(0) if i else targets.sum(0) - targets # a crop is never compared with itself
+        total = total - (target*(full(s)/student_temp).log_softmax(-1)).sum(-1).mean(-1).sum()
+    return total/pairs
 
 @patch
 def loss(self:DINO, pred, taught): return cross_views(pred, taught[0], self.student_temp, self.teacher_temp, self.center.value)

@@ -92,6 +92,7 @@ class ProjectionHead(nn.Module):
         y = F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last, dim=-1))
         return y if self.length is None else y*self.length
 
+    def last_layer(self) -> list: return [self.last] if self.length is None else [self.last, self.length]
     def extra_repr(self): return f'out={len(self.last)}, norm_last={self.length is None}'
 
 # %% ../nbs/12_heads.ipynb #a355974f
@@ -116,7 +117,7 @@ class ClassAttention(nn.Module):
         super().__init__()
         if dim % heads: raise ValueError(f'{heads} heads do not divide a width of {dim}')
         self.heads, norm = heads, partial(nn.LayerNorm, eps=1e-6)
-        self.token = nn.Parameter(torch.zeros(dim))
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(LayerScaleBlockClassAttn(dim, heads, qkv_bias=True, norm_layer=norm, attn_block=ClassAttn,
                                                              mlp_block=Mlp, init_values=layer_scale or 1.) for _ in range(depth))
         self.norm = norm(dim)
@@ -148,7 +149,7 @@ def _look(self:ClassAttention, block, token, x, ids):
 def forward(self:ClassAttention, x:Tensor, # (b,n,d) tokens
              ids:Tensor=None # (b,m,k) which tokens form each of m sets, -1 = none; if None, all of them form one
             ) -> Tensor: # (b,d), or (b,m,d) with `ids`
-    token = self.token.expand(len(x), 1 if ids is None else ids.shape[1], 1, -1)
+    token = self.token[None].expand(len(x), 1 if ids is None else ids.shape[1], 1, -1)
     for block in self.blocks:
         token = token + block.gamma_1*self._look(block, token, x, ids)
         token = token + block.gamma_2*block.mlp(block.norm2(token))

@@ -63,9 +63,9 @@ def encoder_of(source):
     model = bare(getattr(source, 'model', source)) if isinstance(source, Learner) else source
     if not isinstance(model, RelViT): return model
     if model.learnt is model.encoder: return model.encoder
-    mean = copy.deepcopy(model.learnt)
-    for w, trained in zip(mean.parameters(), model.encoder.parameters()): w.requires_grad_(trained.requires_grad)
-    return mean
+    found = copy.deepcopy(model.encoder) # with its drop path, which a teacher has not
+    found.load_state_dict(model.learnt.state_dict())
+    return found
 
 def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
                  dls, # for channels, image size, mean and std, where it says them
@@ -74,6 +74,9 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
     "An encoder that fits the data; of a Learner or a RelViT the one that counts, which may be averaged"
     encoder = encoder_of(encoder)
     if isinstance(encoder, TokenEncoder):
+        if getattr(encoder, 'frozen_patches', False): # by MoCo v3, for its own training
+            encoder.model.patch_embed.requires_grad_(True)
+            encoder.frozen_patches = False
         if kwargs := {k: v for k, v in kwargs.items() if v is not None}:
             raise ValueError(f'this encoder is built already: {", ".join(kwargs)} came too late')
         return encoder
@@ -101,16 +104,20 @@ def _view_callbacks(model, recipe, dls):
     tasks, (H, W), (ph, pw) = model.view_tasks.values(), model.encoder.img_size, pair(model.encoder.p)
     if not tasks: return []
     local = tuple(min(max(round(recipe.local_size*s/p), 3)*p, s) for s, p in ((H, ph), (W, pw)))
+    few = recipe.locals if any(t.local_crops for t in tasks) else 0
+    if few and model.encoder.is_vit and not model.encoder.model.dynamic_img_size:
+        raise ValueError('this ViT takes images of one size, so it cannot look at local crops: build it with dynamic_img_size=True, or a recipe with locals=0')
+    for t in tasks: few and hasattr(t, 'check') and t.check((local[0]//ph, local[1]//pw))
     size, local = (s[0] if s[0] == s[1] else s for s in ((H, W), local))
     flip = .5 if getattr(getattr(dls, 'splits', None), 'flip', True) else 0.
-    crops = MultiCrop(size, local, locals=recipe.locals if any(t.local_crops for t in tasks) else 0, flip=flip,
+    crops = MultiCrop(size, local, locals=few, flip=flip,
                       global_scale=recipe.global_scale, local_scale=recipe.local_scale)
     return [MakeViews(crops), MoveTeacher(recipe.freeze_last)]
 
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
     "A Learner over `RelViT`: AdamW of the recipe, a table with every task"
-    made = [type(cb) for cb in L(cbs)]
-    cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if type(cb) not in made], PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
+    own = lambda cb: any(isinstance(c, type(cb)) for c in L(cbs)) # given by hand
+    cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if not own(cb)], PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
     if 'labels' in model.tasks: cbs += _label_callbacks(recipe, dls)
     learn = Learner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs,
                     **_optimised(recipe), **kwargs)
@@ -173,12 +180,14 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
                      seed:int=None, # of the initial weights
                      cbs=None, path=None, **kwargs # for `TokenEncoder`
                     ) -> Learner:
-    "A Learner that pretrains an encoder on relations of patches"
+    "A Learner that pretrains an encoder on relations of patches, or with a teacher. Raises ValueError for options that nothing would look at"
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder), add_cls=add_cls)
     related = any(t.view == 'patches' for t in model.tasks.values())
+    said = [k for k, v in dict(mega=mega, permute=permute, pos_embed=pos_embed, add_cls=add_cls).items() if v]
+    if said and not related: raise ValueError(f'{", ".join(said)}: for relations of patches, and no task here asks about them')
     changes = _patch_callbacks(encoder, mega, augment, permute, recipe) if related else []
     return _learner(dls, model, recipe, amp, changes + L(cbs), path=path)
 
@@ -207,9 +216,7 @@ def finetune_learner(dls, # fastai `DataLoaders` with labels
     if seed is not None: torch.manual_seed(seed)
     recipe, classes = get_recipe(recipe), classes or getattr(dls, 'c', None)
     encoder = encoder_of(encoder)
-    if isinstance(encoder, TokenEncoder):
-        encoder = _at_size_of(dls, copy.deepcopy(encoder))
-        if encoder.is_vit: encoder.model.patch_embed.requires_grad_(True) # which MoCo v3 kept as it was
+    if isinstance(encoder, TokenEncoder): encoder = _at_size_of(dls, copy.deepcopy(encoder))
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
     smoothing, zero = (own if said is None else said for said, own in ((smoothing, recipe.smoothing), (zero, recipe.zero_head)))
     model = RelViT(encoder, [Classification(classes, pool, smoothing=smoothing, zero=zero)])

@@ -8,7 +8,8 @@ import torch, torch.nn.functional as F
 from torch import distributed as dist, nn, Tensor
 
 # %% auto #0
-__all__ = ['full', 'pair_cross_entropy', 'mse', 'soft_cross_entropy', 'teacher_entropy', 'Centre', 'info_nce', 'Queue']
+__all__ = ['full', 'pair_cross_entropy', 'mse', 'sharpened', 'soft_cross_entropy', 'teacher_entropy', 'Centre', 'info_nce',
+           'Queue']
 
 # %% ../nbs/13_losses.ipynb #f9a9a8ea
 def full(x:Tensor) -> Tensor:
@@ -32,13 +33,19 @@ def mse(pred:Tensor, # (b,1,n,n) or (b,n,n)
     return F.mse_loss(full(pred).reshape(target.shape), full(target))
 
 # %% ../nbs/13_losses.ipynb #097950d4
+def sharpened(teacher:Tensor, # (...,k) logits
+              temp:float, center=0. # (k,) taken off them
+             ) -> Tensor: # (...,k) shares, without gradient
+    "What a teacher says: centred, sharpened by its temperature. Eq. 1 of DINO"
+    return ((full(teacher.detach()) - center)/temp).softmax(-1)
+
 def soft_cross_entropy(student:Tensor, # (...,k) logits
                        teacher:Tensor, # (...,k) logits
                        student_temp:float, teacher_temp:float,
                        center=0. # (k,) taken off the teacher's logits
                       ) -> Tensor: # (...) per row, not averaged
     "Cross entropy of a student against a sharpened, centred teacher: DINO's, SelfPatch's and SERE's loss"
-    truth = ((full(teacher.detach()) - center)/teacher_temp).softmax(-1)
+    truth = sharpened(teacher, teacher_temp, center)
     return -(truth*(full(student)/student_temp).log_softmax(-1)).sum(-1)
 
 # %% ../nbs/13_losses.ipynb #be75f4d8
@@ -84,13 +91,14 @@ def _all_rows(x):
 def info_nce(q:Tensor, # (b,d) queries, of any length
              k:Tensor, # (b,d) keys; row i belongs to query i
              temp:float,
-             queue:Tensor=None # (m,d) keys of other images; the other keys of the batch if None
+             queue:Tensor=None, # (m,d) keys of other images; the other keys of the batch if None
+             gather=True # of all processes; not where each has the same batch, as in validation
             ) -> Tensor: # scalar
     "InfoNCE of cosine similarities. Eq. 1 of MoCo v3, Eq. 1 of MoBY"
     with torch.autocast(q.device.type, enabled=False): # which would multiply in half precision
         q, k = (F.normalize(full(x), dim=-1) for x in (q, k.detach()))
         if queue is None:
-            keys, first = _all_rows(k)
+            keys, first = _all_rows(k) if gather else (k, 0)
             return F.cross_entropy(q @ keys.T/temp, torch.arange(len(q), device=q.device) + first)
         logits = torch.cat([(q*k).sum(-1, keepdim=True), q @ queue.T.to(q)], 1)/temp
         return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))

@@ -9,21 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from PIL import Image
 from fastcore.basics import patch
-from torch import nn, Tensor
 from matplotlib.patheffects import withStroke
+from torch import nn, Tensor
+from torch.nn.functional import normalize
 from .callbacks import MakeViews
 from .features import similarity
 from .images import image_files, read_image
 from .patches import pair, to_patches
 from .plots import cells, frame, show_field
 from .selfpatch import SelfPatch, neighbours, positives, show_positives, similarities
-from .sere import (ChannelRelation, PixelRelation, RelationHead, as_map, attention_heads, channel_relation, pixel_relation,
-                         query_at, relation_difference, show_self_relations)
+from .sere import (ChannelRelation, PixelRelation, RelationHead, as_map, channel_relation, pixel_relation, query_at,
+                         relation_difference, show_self_relations)
 from .views import MultiCrop, sampling_grids
 from .widgets import Explorer, _axes, _choice, _hidden, _pixels, as_images, as_model
 
 # %% auto #0
-__all__ = ['networks', 'ranked', 'draw_positives', 'PositivesExplorer', 'choice', 'as_photos', 'SelfRelationExplorer']
+__all__ = ['networks', 'ranked', 'draw_positives', 'PositivesExplorer', 'likeness', 'as_photos', 'SelfRelationExplorer']
 
 # %% ../nbs/54_method_widgets.ipynb #921085cb
 def networks(model # `RelViT` or `TokenEncoder`
@@ -87,7 +88,8 @@ def _bars(ax, rows, n):
     for r, (i, s, _, across, arrow) in enumerate(rows):
         ax.text(low + .02*(1 - low), r, f'{arrow} {i}' + ' across'*across, va='center', fontsize=min(9, 150/len(rows)))
         ax.text(1 - .02*(1 - low), r, f'{s:.2f}', va='center', ha='right', fontsize=min(9, 150/len(rows)))
-    ax.set(xlim=(low, 1), ylim=(len(rows) - .5, -.5), xticks=[], yticks=[], title=f'its {n} neighbours')
+    ax.set(xlim=(low, 1), ylim=(len(rows) - .5, -.5), xticks=[], yticks=[])
+    ax.set_title(f'its {n} neighbours' if n == len(rows) else f'the first {len(rows)} of {n}')
     ax.spines[:].set_visible(False)
 
 # %% ../nbs/54_method_widgets.ipynb #201f6873
@@ -102,21 +104,23 @@ class PositivesExplorer(Explorer):
         e, task = next(iter(self.networks.values())), _task(model, SelfPatch) or SelfPatch()
         self.images, (h, w) = as_images(images, tuple(e.img_size), e.in_chans), e.grid
         if h*w < 2: raise ValueError(f'a grid of {h} x {w} has no neighbours')
-        which = {f"{n}'s, {how} the last norm": (n, state) for n in self.networks for how, state in (('before', 'prenorm'), ('after', 'patches'))}
-        sides = sorted({s for s in (3, 5, 7) if s < 2*max(h, w)} | {task.window or 0} - {0})
+        states = ('before', 'prenorm'), ('after', 'patches')
+        which = {f'{n}, {how} its norm': (n, state) for n in self.networks for how, state in states}
+        sides = {f'{s} x {s}': s for s in sorted({s for s in (3, 5, 7) if s < 2*max(h, w)} | {task.window or 0} - {0})}
         border = task.border if min(h, w) >= (task.window or 0) else 'clip'
         super().__init__('The neighbours of the chosen patch and its positives', image=_choice(self.images),
-            tokens=W.Dropdown(options={**which, 'pixels, no network': ('pixels', '')}, description='tokens'),
+            tokens=W.Dropdown(options=which | {'pixels, no network': ('pixels', '')}, description='tokens'),
             k=W.IntSlider(task.k, 1, max(task.k, 8), description='positives'),
-            window=W.Dropdown(options={**{f'{s} x {s}': s for s in sides}, 'the whole grid': 0}, value=task.window or 0, description='window'),
-            border=W.Dropdown(options={'wrap, as released': 'wrap', 'clip': 'clip'}, value=border, description='border'), patch=_hidden(h*w, h//2*w + w//2))
+            window=W.Dropdown(options=sides | {'the whole grid': 0}, value=task.window or 0, description='window'),
+            border=W.Dropdown(options={'wrap, as released': 'wrap', 'clip': 'clip'}, value=border, description='border'),
+            patch=_hidden(h*w, h//2*w + w//2))
 
     def grid(self): return next(iter(self.networks.values())).grid
     def limits(self): # no more positives than neighbours
         (h, w), window = self.grid(), self.controls['window'].value
         return super().limits() | dict(k=min(h*w, window**2 or h*w) - 1)
 
-    def asked(self, image, tokens, k, window, border, patch=None): # what `ranked` and `choice` want
+    def asked(self, image, tokens, k, window, border, patch=None): # what `ranked` and `likeness` want
         return self.tokens(image, tokens), self.grid(), *([] if patch is None else [patch]), k, border, window or None
     def draw(self, image, tokens, k, window, border, patch):
         self.controls['border'].disabled = not window # who sees all has none
@@ -124,7 +128,9 @@ class PositivesExplorer(Explorer):
     def clicked(self, name, row, col):
         if name == 'candidate': self.controls['patch'].value = ranked(*self.asked(**self.state))[row][0]
         else: super().clicked(name, row, col)
-    def hint(self): return choice(*self.asked(**self.state | dict(patch=None)))
+    def hint(self):
+        s = self.state | dict(patch=None)
+        return likeness(*self.asked(**s), None if s['tokens'][0] == 'pixels' else self.tokens(s['image'], ('pixels', '')))
 
 # %% ../nbs/54_method_widgets.ipynb #532cf5c5
 @patch
@@ -138,16 +144,21 @@ def tokens(self:PositivesExplorer, image, which) -> Tensor: # (n,d), one pass of
         self.kept[image, network] = _ask(self.networks[network], self.images[image:image + 1], self.pos_embed)
     return getattr(self.kept[image, network], state)[0].float().cpu()
 
-def choice(tokens:Tensor, grid, k=4, border='wrap', window=3) -> str: # see `ranked`
-    "How alike positives are beside all neighbours and beside all patches, and how many are not really there, in words"
-    near, taken = neighbours(grid, window, border), positives(tokens[None], grid, k, border, window)[0]
+def _shared(a, b): # (n,k) and (n,m) ids: share of those of a that b has, too
+    return (a[:, :, None] == b[:, None]).any(-1)[a >= 0].float().mean().item()
+
+def likeness(tokens:Tensor, grid, k=4, border='wrap', window=3, # see `ranked`
+           pixels:Tensor=None) -> str: # (n,d') what to compare with
+    "How alike positives are beside all neighbours and all patches, and how many are not really there, in words"
+    near, choose = neighbours(grid, window, border), lambda z: positives(z[None], grid, k, border, window)[0]
     alike = lambda ids: similarities(tokens[None], ids)[0][ids >= 0].mean().item()
-    others = alike(neighbours(grid, None, 'clip'))
-    words = f'cosine of a patch to its positives {alike(taken):.2f} on average, to any neighbour {alike(near):.2f}, to any patch {others:.2f}'
+    taken, z, n = choose(tokens), normalize(tokens, dim=-1), len(tokens)
+    others = (z.sum(0).square().sum() - z.square().sum()).item()/(n*n - n) # all pairs
+    words = f'cosine of a patch to its positives {alike(taken):.2f}, to any neighbour {alike(near):.2f}, to any patch {others:.2f}'
+    if pixels is not None: words += f'; {_shared(taken, choose(pixels)):.0%} of all positives are those that pixels would take'
     if window and border == 'wrap':
         real = neighbours(grid, window, 'clip')
-        there = (taken[:, :, None] == real[:, None]).any(-1).float().mean()
-        words += f'. {1 - there:.0%} of all positives lie across the border, of all neighbours {(real < 0).float().mean():.0%}'
+        words += f'; {1 - _shared(taken, real):.0%} lie across the border, as {(real < 0).float().mean():.0%} of all neighbours do'
     return words + ('. All tokens are nearly the same: has this network been trained?' if others > .95 else '')
 
 # %% ../nbs/54_method_widgets.ipynb #c7a6f7d9
@@ -156,6 +167,7 @@ def as_photos(source, # like `as_images`, but of any size
               channels=3, most=50) -> list: # of (c,H,W)
     "Images that crops will be cut from. Raises ValueError for other channels"
     if isinstance(source, (str, Path)) and Path(source).is_dir(): source = image_files(source, side, channels).files[:most]
+    if not isinstance(source, (str, Path, Image.Image)) and not len(source): raise ValueError('there is no image to show')
     if isinstance(source, (list, tuple)): return [x for s in source[:most] for x in as_photos(s, side, channels)]
     x = read_image(source, side, channels)[None] if isinstance(source, (str, Path, Image.Image)) else _pixels(source)[:most]
     if x.ndim != 4 or x.shape[1] != channels: raise ValueError(f'this model wants images of {channels} channels, not {tuple(x.shape)}')
@@ -168,7 +180,8 @@ def _own(head):
     return copy.deepcopy(head).cpu().train(not norm.num_batches_tracked)
 
 def _related(model): # name -> encoder, and what its relations are taken from
-    name = next((n for kind in (PixelRelation, ChannelRelation) for n, t in getattr(model, 'tasks', {}).items() if isinstance(t, kind)), None)
+    tasks = getattr(model, 'tasks', {}).items()
+    name = next((n for kind in (PixelRelation, ChannelRelation) for n, t in tasks if isinstance(t, kind)), None)
     heads = {} if name is None else dict(teacher=model.teacher.heads[name], student=model.tasks[name].head[0])
     return {n: (e, _own(heads.get(n) or RelationHead(e.dim, predictor=False))) for n, e in networks(model).items()}
 
@@ -187,13 +200,14 @@ class SelfRelationExplorer(Explorer):
         self.images = as_photos(images, round(max(e.img_size)*8/7), e.in_chans)
         self.crop = replace(crop or made, size=tuple(e.img_size), local_size=None, globals=2)
         self.points = pair(points or (pixel and pixel.points[0]) or tuple(max(g - 1, 2) for g in e.grid))
-        self.temp, heads, (h, w) = channel.teacher_temp if channel else .1, pixel.heads if pixel else attention_heads(e), self.points
+        self.temp, heads, (h, w) = channel.teacher_temp if channel else .1, pixel.heads if pixel else e.heads, self.points
+        hidden = W.Layout(display='' if len(self.networks) > 1 else 'none')
         super().__init__('Two views, a row of the pixel relation over each, and their channel relations', image=_choice(self.images),
             crops=W.IntSlider(0, 0, 50, description='other crops'),
-            area=W.FloatRangeSlider(value=self.crop.global_scale, min=.05, max=1, step=.05, readout_format='.0%', description='their area'),
-            network=W.Dropdown(options=list(self.networks), description='network', layout=W.Layout(display='' if len(self.networks) > 1 else 'none')),
+            area=W.IntRangeSlider(value=[round(100*s) for s in self.crop.global_scale], min=5, max=100, step=5, description='area, %'),
+            network=W.Dropdown(options=list(self.networks), description='network', layout=hidden),
             heads=W.Dropdown(options=sorted({m for m in range(1, 17) if e.dim % m == 0} | {heads}), value=heads, description='heads'),
-            temp=W.FloatSlider(pixel.teacher_temp if pixel else .5, min=.1, max=2, step=.1, description='temperature'),
+            temp=W.FloatSlider(pixel.teacher_temp if pixel else .5, min=.05, max=2, step=.05, description='temp'),
             point=_hidden(h*w, h//2*w + w//2, 'point'))
 
     def grid(self): return self.points
@@ -214,10 +228,12 @@ class SelfRelationExplorer(Explorer):
 
     def hint(self):
         s, n = self.state, len(self.images)
-        words = 'bright: like the star. The relations of these views are apart, from 0 to 2, by {:.2f} (places) and {:.2f} (channels)'
-        words = words.format(*self.apart(s['image']))
-        try: return words + ('; those of this image and the next by {:.2f} and {:.2f}'.format(*self.apart((s['image'] + 1) % n)) if n > 1 else '')
-        except ValueError: return words # there, no two views meet
+        places, channels = self.apart(s['image'])
+        words = ('bright is what goes with the star. The relations of these views are apart, from 0 to 2, '
+                 f'by {places:.2f} (places) and {channels:.2f} (channels)')
+        if n < 2: return words
+        try: return words + '; those of this image and the next by {:.2f} and {:.2f}'.format(*self.apart((s['image'] + 1) % n))
+        except ValueError: return words # the views of the next do not meet
 
 # %% ../nbs/54_method_widgets.ipynb #516969d6
 @patch
@@ -227,7 +243,7 @@ def look(self:SelfRelationExplorer, image, crops, area, network): # two views an
     if key not in self.looks:
         if len(self.looks) > 15: self.looks.pop(next(iter(self.looks)))
         encoder, head = self.networks[network]
-        views = replace(self.crop, global_scale=area)(self.images[image][None], torch.Generator().manual_seed(crops))
+        views = replace(self.crop, global_scale=[a/100 for a in area])(self.images[image][None], torch.Generator().manual_seed(crops))
         self.looks[key] = views, head(as_map(_ask(encoder, views.crops[0])).float().cpu())
     return self.looks[key]
 

@@ -76,10 +76,10 @@ ARMS = {'random': 'as it was drawn', 'relvit': 'RelViT', 'dino': 'DINO', 'moco3'
         'moby+selfpatch': 'SelfPatch on MoBY', 'moco3+selfpatch': 'SelfPatch on MoCo v3', 'moco3+sere': 'SERE on MoCo v3',
         'pixels': 'pixels'}
 
-def judged(encoder, few, test, pos_embed=None, bs=500) -> dict:
+def judged(encoder, few, test, pos_embed=None) -> dict:
     "kNN and logistic regression on frozen features, and how much the relations of two views differ (Table 4 of SERE)"
     a, b = (embed(encoder, ds, 'mean', pos_embed) for ds in (few, test))
-    d = view_difference(encoder, test.batch(torch.arange(min(len(test), 512)))[0], generator=torch.Generator().manual_seed(0))
+    d = view_difference(encoder, test.batch(torch.arange(min(len(test), 512)))[0], generator=torch.Generator().manual_seed(0), pos_embed=pos_embed)
     return dict(knn=knn(*a, *b), linear=logistic(*a, *b, C=.1), pixel=d['pixel'], channel=d['channel'])
 
 def arm(name, cfg, seed, tell, out):
@@ -102,15 +102,15 @@ def arm(name, cfg, seed, tell, out):
 # %% ../nbs/64_methods.ipynb #86e2e728
 def methods_table(results:dict, # of a record
                   markdown=True) -> str:
-    "A row a method: kNN and logistic regression with spread over seeds, the two differences, minutes"
+    "A row a method: kNN and logistic regression with spread over seeds, the two differences of views"
     def cell(name, k):
         v = results.get(f'{name}_{k}')
         if v is None: return ''
         if k in ('knn', 'linear'): return mean_sd(v).strip()
-        return f'{statistics.mean(v)/60:.0f}' if k == 'seconds' else f'{statistics.mean(v):.2f}'
-    rows = [(text, *(cell(name, k) for k in ('knn', 'linear', 'pixel', 'channel', 'seconds'))) for name, text in ARMS.items() if f'{name}_knn' in results]
-    head = ('', '20 nearest neighbours, %', 'logistic regression, %', 'pixel difference', 'channel difference', 'minutes')
-    if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in (head, ('---',)*6, *rows))
+        return f'{statistics.mean(v):.2f}'
+    rows = [(text, *(cell(name, k) for k in ('knn', 'linear', 'pixel', 'channel'))) for name, text in ARMS.items() if f'{name}_knn' in results]
+    head = ('', '20 nearest neighbours, %', 'logistic regression, %', 'pixel difference', 'channel difference')
+    if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in (head, ('---',)*5, *rows))
     return '\n'.join(f'{r[0]:<32s}' + ''.join(f'{c:>24s}' for c in r[1:]) for r in (head, *rows))
 
 # %% ../nbs/64_methods.ipynb #ba2e74b4

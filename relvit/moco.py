@@ -9,7 +9,7 @@ from itertools import permutations
 from torch import nn
 from .heads import contrast_mlp
 from .losses import Queue, info_nce
-from .tasks import Seen, ViewTask, spread
+from .tasks import Seen, ViewTask, above_0, from_0_to_1, spread
 
 # %% auto #0
 __all__ = ['Contrast', 'MoCo3', 'MoBY']
@@ -22,11 +22,13 @@ class Contrast(ViewTask):
     def __init__(self, weight=1., hidden=4096, out=256, # widths
                  temp=.2, momentum=.99): # of the teacher, at the start
         super().__init__(weight)
+        above_0(hidden=hidden, out=out, temp=temp), from_0_to_1(momentum=momentum)
         self.widths, self.temp, self.momentum = (hidden, out), temp, (momentum, 1.)
 
     def taught_part(self): return self.head['projector']
     def each_view(self, seen, f):
         "f for one global view after the other: (v,b,d)"
+        if seen.views.counts[0] < 2: raise ValueError(f'{self.name} compares large crops of an image, and there is one; MultiCrop(size, globals=2)')
         return torch.stack([f(x) for x in seen.by_view(seen.image(0), 0)])
     def forward(self, seen:Seen): return (self.each_view(seen, lambda x: self.head['predictor'](self.head['projector'](x))),)
     def teach(self, seen:Seen, head): return (self.each_view(seen, head),)
@@ -46,13 +48,15 @@ class MoCo3(Contrast):
         self.freeze_patches = freeze_patches
 
     def make_head(self, encoder, grid):
-        if self.freeze_patches and encoder.is_vit: encoder.model.patch_embed.requires_grad_(False)
+        if self.freeze_patches and encoder.is_vit:
+            encoder.model.patch_embed.requires_grad_(False)
+            encoder.frozen_patches = True # for this training; the next Learner frees them
         hidden, out = self.widths
         return nn.ModuleDict(dict(projector=contrast_mlp(encoder.dim, hidden, hidden, out), predictor=contrast_mlp(out, hidden, out)))
 
     def loss(self, pred, taught):
         (q,), (k,) = pred, taught
-        return sum(info_nce(q[i], k[j], self.temp) for i, j in permutations(range(len(q)), 2))*2*self.temp
+        return sum(info_nce(q[i], k[j], self.temp, gather=self.training) for i, j in permutations(range(len(q)), 2))*2*self.temp
 
 # %% ../nbs/22_moco.ipynb #e9240fa7
 class MoBY(Contrast):

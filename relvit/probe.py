@@ -161,7 +161,7 @@ def before_train(self:ProbeEpochs):
 def after_validate(self:ProbeEpochs):
     if not self.due: return
     model, valid = bare(self.learn.model).averaged, self.learn.dls.valid # what validation judges, and how it sees
-    seen = [seen for view, seen in model.passes().values() if view == 'patches'] or [None]
+    seen = [None] if model.view_tasks else [seen for view, seen in model.passes().values() if view == 'patches'] or [None]
     pos_embed = seen[0] if self.pos_embed is None else self.pos_embed
     view = lambda x: valid.augment(x, torch.Generator())
     a, b = (embed(model.learnt, ds, self.pool, pos_embed, view=view) for ds in self.parts)

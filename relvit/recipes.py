@@ -30,8 +30,9 @@ def reference_lr(t:float, lr=5e-4, final=1.25e-6, warmup=.1) -> float:
 # %% ../nbs/30_recipes.ipynb #0ade83c6
 def dino_lr(t:float, lr=5e-4, final=1e-6, warmup=.1, steps:int=None) -> float: # `steps` of the whole run
     "DINO's schedule: a warm-up from 0 that ends one step before the wave begins"
+    if steps: warmup = round(warmup*steps)/steps # of whole steps
     if t >= warmup - 1e-9: return cosine((t - warmup)/(1 - warmup), lr, final)
-    return lr*t/warmup if steps is None else lr*t*steps/max(warmup*steps - 1, 1)
+    return lr*t/warmup if steps is None else lr*t*steps/max(round(warmup*steps) - 1, 1)
 
 SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr)
 
@@ -43,6 +44,8 @@ RANGES = ( # what must hold, and for what
     ('0 or more', lambda v: 0 <= v < float('inf'), 'final_lr wd clip mixup cutmix locals freeze_last'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing erase ema warmup'),
     ('a share above 0 and up to 1', lambda v: 0 < v <= 1, 'layer_decay local_size'),
+    ('0 or more, or nothing', lambda v: v is None or 0 <= v < float('inf'), 'final_wd'),
+    ('two rising shares above 0 and up to 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, 'global_scale local_scale'),
     ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
 
 # %% ../nbs/30_recipes.ipynb #e7807925
@@ -139,10 +142,10 @@ RECIPES = {r.name: r for r in (
            **_mixed, ema=.9998),
     Recipe('finetune', says="a pretrained ViT end to end, as in SERE's Table 2 (MAE's numbers)", bs=512, warmup=.05, clip=0., layer_decay=.65, **_mixed),
     Recipe('dino', says="DINO's ViT-S", bs=256, lr=5e-4, locals=8, **_dino),
-    Recipe('selfpatch', says="SelfPatch's ViT-S on DINO, its first 200 epochs", epochs=200, bs=1024, lr=2e-3, warmup=.05, locals=8,
+    Recipe('selfpatch', says="SelfPatch's ViT-S on DINO, for 200 epochs as the published model", epochs=200, bs=1024, lr=2e-3, warmup=.05, locals=8,
            global_scale=(.25, 1.), local_scale=(.05, .25), **_dino),
     Recipe('sere', says="SERE's ViT-S on DINO, as printed", bs=512, lr=1e-3, global_scale=(.35, 1.), local_scale=(.05, .35), **_dino),
-    Recipe('moco3', says="MoCo v3's ViT-S", bs=1024, lr=6e-4, final_lr=0., wd=.1, decay_embeddings=True, warmup=40/300, clip=0., **_contrast),
+    Recipe('moco3', says="MoCo v3's ViT-S", bs=1024, lr=6e-4, final_lr=0., wd=.1, decay_all=True, warmup=40/300, clip=0., **_contrast),
     Recipe('moby', says="MoBY's DeiT-S and Swin-T", bs=512, lr=1e-3, final_lr=5e-6, wd=.05, warmup=5/300, clip=5., drop_path=.2, **_contrast))}
 
 # %% ../nbs/30_recipes.ipynb #bd30abbd

@@ -305,7 +305,8 @@ def after_epoch(self:RecordRun):
                lr=self.learn.opt.hypers[-1]['lr'], seconds=round(time.time() - self.training_began, 2))
     if self.writes:
         with open(self.record.path/'metrics.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
-        if all(better(valid, b) for b in before): save(self.learn, self.record.best, epoch=self.learn.epoch)
+        if getattr(model, 'teacher', None) is not None or all(better(valid, b) for b in before): # where a teacher moves, a low loss may be a collapse: the last is kept
+            save(self.learn, self.record.best, epoch=self.learn.epoch)
     self.sums, self.count = {}, 0
     self._save(self.learn.epoch + 1, 0)
     self._say(f"epoch {self.learn.epoch}: " + ', '.join(f'{k} {v:.4g}' for k, v in valid.items() if k in chance or k == 'loss'))

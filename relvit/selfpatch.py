@@ -4,7 +4,7 @@
 
 # %% ../nbs/23_selfpatch.ipynb #e8e1ed34
 from __future__ import annotations
-import numpy as np, torch, torch.nn.functional as F
+import math, warnings, numpy as np, torch, torch.nn.functional as F
 from functools import lru_cache
 from matplotlib.patheffects import withStroke
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from .dino import warmed
 from .heads import ClassAttention, ProjectionHead
 from .losses import Centre, full, soft_cross_entropy, teacher_entropy
 from .plots import frame, show_image
-from .tasks import ViewTask, spread
+from .tasks import ViewTask, above_0, from_0_to_1, spread
 
 # %% auto #0
 __all__ = ['neighbours', 'similarities', 'positives', 'show_positives', 'SelfPatchHead', 'SelfPatch']
@@ -104,11 +104,12 @@ class SelfPatchHead(nn.Module):
                  heads:int, # of the attention over positives
                  out=4096, # classes
                  depth=2, hidden=2048, bottleneck=256, # see `ClassAttention` and `ProjectionHead`
-                 aggregation='attention'): # of positives; or 'mean', or 'none': a patch is its own target
+                 aggregation='attention', # of positives; or 'mean', or 'none': a patch is its own target
+                 layer_scale:float=None): # of the attention, as in CaiT; none, as released
         super().__init__()
         if aggregation not in ('attention', 'mean', 'none'):
             raise ValueError(f"aggregation is 'attention', 'mean' or 'none', not {aggregation!r}")
-        self.aggregate, self.aggregation = ClassAttention(dim, heads, depth), aggregation
+        self.aggregate, self.aggregation = ClassAttention(dim, heads, depth, layer_scale), aggregation
         self.project = ProjectionHead(dim, out, hidden, bottleneck)
 
     def forward(self, x:Tensor # (b,n,d) tokens before the last norm
@@ -125,12 +126,6 @@ class SelfPatchHead(nn.Module):
         return self.aggregate.norm(share @ x/share.sum(-1, keepdim=True).clamp(min=1))
 
 # %% ../nbs/23_selfpatch.ipynb #70f852ad
-def _heads(encoder):
-    "Attention heads as wide as the encoder's own where it says so, else of 64, as nearly as they divide d"
-    own = encoder.config.get('num_heads')
-    return own if isinstance(own, int) else next(h for h in range(max(encoder.dim//64, 1), 0, -1) if encoder.dim % h == 0)
-
-# %% ../nbs/23_selfpatch.ipynb #7590e71d
 class SelfPatch(ViewTask):
     "Each patch predicts what the teacher sees in the most similar of its neighbours. Eq. 7 of SelfPatch"
     name, shown, locals_too, pools = 'selfpatch', ('entropy', 'spread'), True, True
@@ -138,21 +133,27 @@ class SelfPatch(ViewTask):
     def __init__(self, weight=.1, # the released code's
                  k=4, window=3, border='wrap', # positives, neighbourhood and its border, see `positives`; published numbers need 'wrap'
                  out=4096, hidden=2048, bottleneck=256, # classes, and widths of the projection
-                 heads:int=None, depth=2, # of the aggregator; heads: the encoder's, or d//64
+                 heads:int=None, depth=2, # of the aggregator; heads: the encoder's
                  student_temp=.1, teacher_temp=.04, first_temp:float=None, warm_epochs=0, # see `dino.warmed`
-                 center_momentum=.9, aggregation='attention'): # see `SelfPatchHead`
+                 center_momentum=.9, aggregation='attention', layer_scale:float=None): # see `SelfPatchHead`
         super().__init__(weight)
+        above_0(k=k, out=out, hidden=hidden, bottleneck=bottleneck, depth=depth, student_temp=student_temp, teacher_temp=teacher_temp)
+        from_0_to_1(center_momentum=center_momentum)
         self.k, self.window, self.border, self.heads = k, window, border, heads
         self.student_temp, self.temps, self.center = student_temp, (teacher_temp, first_temp, warm_epochs), Centre(out, center_momentum)
-        self.sizes = dict(out=out, depth=depth, hidden=hidden, bottleneck=bottleneck, aggregation=aggregation)
+        self.sizes = dict(out=out, depth=depth, hidden=hidden, bottleneck=bottleneck, aggregation=aggregation, layer_scale=layer_scale)
 
     def make_head(self, encoder, grid):
-        neighbours(grid, self.window, self.border) # raises where the grid is too small
-        return SelfPatchHead(encoder.dim, self.heads or _heads(encoder), **self.sizes)
+        self.check(grid)
+        if encoder.has_cls:
+            warnings.warn('this encoder has a class token, so nothing trains what aggregates the positives: SelfPatch is meant for cls=False', stacklevel=2)
+        return SelfPatchHead(encoder.dim, self.heads or encoder.heads, **self.sizes)
 
     @property
     def teacher_temp(self): return warmed(self.epoch, *self.temps)
-    def last_layers(self): return [self.head.project.last]
+    def last_layers(self): return self.head.project.last_layer()
+    def check(self, grid): neighbours(grid, self.window, self.border) # raises where the grid is too small
+    def chance(self, grid): return dict(entropy=math.log(self.sizes['out'])) # of a teacher that knows nothing
     def forward(self, seen): return tuple(self.head(t.prenorm) for t in seen.tokens)
     def teach(self, seen, head): return tuple(self._teach(t, head) for t in seen.tokens)
     def _teach(self, t, head):
@@ -160,7 +161,7 @@ class SelfPatch(ViewTask):
 
     def image_token(self, tokens, head): return head.aggregate(tokens.prenorm)
 
-# %% ../nbs/23_selfpatch.ipynb #5989b4d1
+# %% ../nbs/23_selfpatch.ipynb #7590e71d
 def _by_crop(values, rows):
     "Mean of one value a resolution, weighted by its number of crops"
     return sum(v*len(r) for v, r in zip(values, rows, strict=True))/sum(map(len, rows))

@@ -10,13 +10,13 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .losses import full, soft_cross_entropy, teacher_entropy
 from .plots import cells, plt, show_image
-from .tasks import Seen, ViewTask
+from .tasks import Seen, ViewTask, above_0
 from .views import MultiCrop, Views, original_points, sample_map, sampling_grids
 
 # %% auto #0
 __all__ = ['pixel_relation', 'channel_relation', 'RelationHead', 'as_map', 'view_pairs', 'sample_views', 'query_at',
-           'show_self_relations', 'SelfRelation', 'relation_difference', 'PixelRelation', 'attention_heads',
-           'ChannelRelation', 'released_sere', 'view_difference']
+           'show_self_relations', 'SelfRelation', 'relation_difference', 'PixelRelation', 'ChannelRelation',
+           'released_sere', 'view_difference']
 
 # %% ../nbs/24_sere.ipynb #7696cf71
 def pixel_relation(f:Tensor, # (b,d,h,w) map of features
@@ -154,6 +154,7 @@ class SelfRelation(ViewTask):
     def __init__(self, weight, teacher_temp, student_temp, # of the softmax over rows
                  predictor, local_heads): # see `PixelRelation`
         super().__init__(weight)
+        above_0(teacher_temp=teacher_temp, student_temp=student_temp)
         self.teacher_temp, self.student_temp = teacher_temp, student_temp
         self.predictor, self.local_heads = predictor, local_heads
 
@@ -209,17 +210,11 @@ class PixelRelation(SelfRelation):
         self.dilute, self.scale = dilute, scale
 
     def make_head(self, encoder, grid):
-        self.heads = self.heads or attention_heads(encoder)
+        self.heads = self.heads or encoder.heads
         if encoder.dim % self.heads: raise ValueError(f'{self.heads} heads do not divide a width of {encoder.dim}')
         return super().make_head(encoder, grid)
 
 # %% ../nbs/24_sere.ipynb #efa3aed9
-def attention_heads(encoder # `TokenEncoder`
-                   ) -> int:
-    "Heads of the last attention of a backbone; the largest divisor of its width up to 6 if it has none"
-    own = [m.num_heads for m in encoder.modules() if isinstance(getattr(m, 'num_heads', None), int)]
-    return own[-1] if own and encoder.dim % own[-1] == 0 else max(m for m in range(1, 7) if encoder.dim % m == 0)
-
 @patch
 def aligned(self:PixelRelation, seen:Seen, r:int): # resolution of the student's view
     "Pairs of views and the points of their overlaps: q, k (m,), grids of q and of k (m,b,s,s,2), which meet (m,b)"
@@ -288,7 +283,7 @@ class ChannelRelation(SelfRelation):
         return a, t[k[q < k]], a.new_ones(a.shape[:2], dtype=torch.bool)
 
 # %% ../nbs/24_sere.ipynb #0f03b0e3
-def released_sere(host='ibot', # name of the task that it stands beside
+def released_sere(host='dino', # name of the task that it stands beside; in the code it is iBOT's loss, which is not here
                   pixel=.2, channel=.5, # weights of the two relations
                  ) -> dict: # for `tasks=`
     "The mixture of the released code: the host counts (4-pixel-channel)/2, local views have own heads, disjoint ones count"
@@ -299,8 +294,9 @@ def released_sere(host='ibot', # name of the task that it stands beside
 @torch.no_grad()
 def view_difference(encoder, # `TokenEncoder`
                     x:Tensor, # (b,c,H,W) images, at least two
-                    size:int=None, # pixels a side of the views; the encoder's image size if None
+                    size=None, # pixels of the views, int or (H,W); the encoder's image size if None
                     generator:torch.Generator=None, # for the same views again
+                    pos_embed:bool=None, # see `TokenEncoder.forward`
                     bs=64) -> dict: # images at once
     "How much self-relations change from view to view ('pixel', 'channel'), and from image to image ('..._others'); 0 to 2. After Table 4"
     if len(x) < 2: raise ValueError(f'relations of different images are compared as well; give two images at least, not {len(x)}')
@@ -310,8 +306,8 @@ def view_difference(encoder, # `TokenEncoder`
     encoder.eval()
     try:
         for part in x.tensor_split(-(-len(x)//bs)):
-            views = MultiCrop(size or encoder.img_size[0])(part.to(device), generator)
-            seen = Seen([encoder(views.crops[0])], views)
+            views = MultiCrop(size or tuple(encoder.img_size))(part.to(device), generator)
+            seen = Seen([encoder(views.crops[0], pos_embed=pos_embed)], views)
             found.append(torch.stack([_change(t, seen, other) for t in tasks for other in (0, 1)])*len(part)/len(x))
     finally: encoder.train(was)
     return dict(zip(('pixel', 'pixel_others', 'channel', 'channel_others'), sum(found).tolist()))

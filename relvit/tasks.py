@@ -17,8 +17,8 @@ from .teacher import Teacher, cosine
 
 # %% auto #0
 __all__ = ['Truth', 'TASKS', 'Task', 'accuracy', 'off_diagonal', 'SpatialRelations', 'AbsolutePositions', 'Regression',
-           'Distances', 'Angles', 'Directions', 'Classification', 'Seen', 'ViewTask', 'spread', 'make_tasks',
-           'Predictions', 'RelViT', 'bare']
+           'Distances', 'Angles', 'Directions', 'Classification', 'Seen', 'ViewTask', 'above_0', 'from_0_to_1',
+           'spread', 'make_tasks', 'Predictions', 'RelViT', 'bare']
 
 # %% ../nbs/20_tasks.ipynb #700c9573
 Truth = namedtuple('Truth', 'pos grid y') # what a target can be computed from: (b,n,2) positions, (h,w), (b,) labels
@@ -235,7 +235,15 @@ class ViewTask(Task):
     pools = False # does it make an image token, `image_token(tokens, head)`, where the encoder has none?
     host = False # does it say how the teacher moves?
     momentum, moves, counts = (.996, 1.), 'after', 'teacher' # of the teacher, cosine; before the forward pass or after the step; whose encoder to keep
-    epoch = 0 # a Learner counts it up
+
+    def __init__(self, weight=1.): # its share in the sum of losses
+        super().__init__(weight)
+        self.register_buffer('at_epoch', torch.zeros((), dtype=torch.long))
+
+    @property
+    def epoch(self): return int(self.at_epoch) # of training, which a Learner counts; a checkpoint keeps it
+    @epoch.setter
+    def epoch(self, e): self.at_epoch.fill_(e)
 
     def taught_part(self): return self.head # of which the teacher has a copy
     def last_layers(self): return [] # weights that stay as they are in the first epoch
@@ -248,13 +256,24 @@ class ViewTask(Task):
     @property
     def pairs(self): return False
 
-# %% ../nbs/20_tasks.ipynb #a85c7933
+# %% ../nbs/20_tasks.ipynb #8b2d5bda
+def above_0(**numbers):
+    "Raises ValueError for what must be a number above 0, and is not"
+    for name, v in numbers.items():
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < float('inf'): raise ValueError(f'{name} must be above 0, not {v!r}')
+
+def from_0_to_1(**numbers):
+    "Raises ValueError for what must lie from 0 to 1, and does not"
+    for name, v in numbers.items():
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f'{name} must lie between 0 and 1, not {v!r}')
+
+# %% ../nbs/20_tasks.ipynb #72fac3e5
 def spread(x:Tensor # (...,d) features
           ) -> Tensor: # scalar: 0 where all are one, 1 where they point everywhere
     "Standard deviation of the directions of all rows. SimSiam's measure of collapse"
     return F.normalize(x.detach().float(), dim=-1).flatten(0, -2).var(0, correction=0).sum().sqrt()
 
-# %% ../nbs/20_tasks.ipynb #4e154f24
+# %% ../nbs/20_tasks.ipynb #19a3a71c
 def make_tasks(spec, # names, tasks or classes in a list; or a dict from name to weight or task; or a single one
                classes:int=None # for 'labels'
               ) -> dict[str, Task]:
@@ -276,7 +295,7 @@ def _make_task(t, classes, **kwargs):
     if isinstance(t, Classification) and t.classes is None: t.classes = classes
     return t
 
-# %% ../nbs/20_tasks.ipynb #5951bfd5
+# %% ../nbs/20_tasks.ipynb #509b22c9
 class Predictions(tuple):
     "Logits of every task in order, or by name, with the positions and the grid of the patches that they belong to"
     def __new__(cls, logits, # dict by task; fastai makes new ones from lists, without names
@@ -294,7 +313,7 @@ class Predictions(tuple):
         shapes = [f'{n} {shape(x)}' for n, x in zip(self.names or '?'*len(self), self)]
         return f"Predictions({', '.join(shapes)}; grid {self.grid})"
 
-# %% ../nbs/20_tasks.ipynb #509b22c9
+# %% ../nbs/20_tasks.ipynb #6c2add8b
 class RelViT(nn.Module):
     "An encoder and tasks over its tokens"
     def __init__(self, encoder, # `TokenEncoder`
@@ -307,7 +326,8 @@ class RelViT(nn.Module):
         if add_cls and not encoder.has_cls: raise ValueError('add_cls, but the encoder has no class token')
         self.encoder, self.pos_embed, self.grid = encoder, pos_embed, tuple(grid or encoder.grid)
         self.add_cls, self.ema = add_cls, None # timm's `ModelEmaV3` of this model, where its weights are averaged
-        self.tasks = nn.ModuleDict({n: t.setup(encoder, self.grid) for n, t in make_tasks(tasks, classes).items()})
+        self.tasks = nn.ModuleDict({n: t.setup(encoder, encoder.grid if t.view == 'views' else self.grid)
+                                    for n, t in make_tasks(tasks, classes).items()})
         hosts = [n for n, t in self.view_tasks.items() if t.host]
         if len(hosts) > 1: raise ValueError(f'{" and ".join(hosts)} each move the teacher in a way of their own: choose one of them')
         parts = {n: t.taught_part() for n, t in self.view_tasks.items()}
@@ -321,13 +341,16 @@ class RelViT(nn.Module):
     def host(self): # the task that says how the teacher moves
         tasks = [*self.view_tasks.values()]
         return next((t for t in tasks if t.host), tasks[0] if tasks else None)
+    @property
+    def counts(self): # whose encoder is taken home: a classifier's is the one that it was trained with
+        return 'student' if self.teacher is None or any(t.view == 'image' for t in self.tasks.values()) else self.host.counts
 
     def passes(self) -> dict:
         "Which task needs which pass: (view, does it see positions) by name"
         seen = lambda t: self.encoder.sees_positions(self.pos_embed if t.view == 'patches' else None)
         return {n: (t.view, seen(t)) for n, t in self.tasks.items()}
 
-# %% ../nbs/20_tasks.ipynb #6c2add8b
+# %% ../nbs/20_tasks.ipynb #61e2ffef
 @patch
 def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
             patches:Tensor=None, # (b,c,H',W') what the relation tasks shall see instead of x
@@ -342,6 +365,7 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
         self._placed, self._taught, self.grid = mean._placed, mean._taught, mean.grid
         return preds
     images, done, logits = dict(image=x, patches=x if patches is None else patches), {}, {}
+    self._taught = {} # the last batch's may be large
     answers, self._taught = self._look_at(views)
     for name, (view, seen) in self.passes().items():
         if view == 'views':
@@ -376,11 +400,17 @@ def _look_at(self:RelViT, views):
         return answers, {n: t.teach(teacher, self.teacher.heads[n] if n in self.teacher.heads else None) for n, t in tasks.items()}
 
 @patch
-def move_teacher(self:RelViT, t:float=0., # share of the training that is done
-                 momentum:float=None): # the host's at t if None
-    "One step of the teacher's exponential mean"
-    parts = {n: task.taught_part() for n, task in self.view_tasks.items()}
-    self.teacher.update(self.encoder, parts, cosine(t, *self.host.momentum) if momentum is None else momentum)
+def move_teacher(self:RelViT, t:float): # share of the training that is done
+    "One step of the teacher's exponential mean, with the momentum of the host"
+    self.teacher.update(self.encoder, self._taught_parts(), cosine(t, *self.host.momentum))
+
+@patch
+def start_teacher(self:RelViT):
+    "The teacher becomes what the student is"
+    self.teacher.start(self.encoder, self._taught_parts())
+
+@patch
+def _taught_parts(self:RelViT): return {n: t.taught_part() for n, t in self.view_tasks.items()}
 
 @patch(as_prop=True)
 def averaged(self:RelViT):
@@ -389,15 +419,15 @@ def averaged(self:RelViT):
 
 @patch(as_prop=True)
 def learnt(self:RelViT):
-    "The encoder that counts: of the averaged weights, or of the teacher where a host says so"
+    "The encoder that counts: of the averaged weights, or of the teacher where a host says so and no classifier was trained"
     m = self.averaged
-    return m.teacher.encoder if m.teacher is not None and m.host.counts == 'teacher' else m.encoder
+    return m.teacher.encoder if m.counts == 'teacher' else m.encoder
 
 def bare(model):
     "The model itself, where torch wrapped it to train it on several devices"
     return getattr(model, 'module', model)
 
-# %% ../nbs/20_tasks.ipynb #53321bc1
+# %% ../nbs/20_tasks.ipynb #1e298ae3
 @patch
 def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels or (b,classes) shares, for 'labels'
         ) -> Tensor:
@@ -414,7 +444,7 @@ def loss(self:RelViT, preds:Predictions, y:Tensor=None # (b,) labels or (b,class
         total, self.scores[f'{name}_loss'] = total + task.weight*loss, loss.detach()
         if not self.training:
             with torch.no_grad(): self.scores |= {f'{name}_{k}': v for k, v in task.metrics(pred, target).items()}
-    return total
+    return total if isinstance(total, Tensor) else next(self.parameters()).new_zeros(()) # nothing was asked
 
 @patch
 def chance(self:RelViT) -> dict:

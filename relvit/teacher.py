@@ -37,4 +37,8 @@ class Teacher(nn.Module):
         mine, theirs = zip(*self._pairs(encoder, heads))
         torch._foreach_lerp_(list(mine), list(theirs), 1 - momentum)
 
+    def start(self, encoder, heads):
+        "Begin anew, as the student is, buffers too"
+        for mine, other in ((self.encoder, encoder), *((m, heads[n]) for n, m in self.heads.items())): mine.load_state_dict(other.state_dict())
+
     def __repr__(self): return f"Teacher({self.encoder!r}; {', '.join(self.heads)})"

@@ -105,6 +105,12 @@ def has_cls(self:TokenEncoder):
     return getattr(self.model, 'cls_token', None) is not None
 
 @patch(as_prop=True)
+def heads(self:TokenEncoder):
+    "Heads of the last attention; the largest divisor of the width up to 6 where there is none"
+    own = [m.num_heads for m in self.model.modules() if isinstance(getattr(m, 'num_heads', None), int)]
+    return own[-1] if own and self.dim % own[-1] == 0 else max(m for m in range(1, 7) if self.dim % m == 0)
+
+@patch(as_prop=True)
 def in_chans(self:TokenEncoder):
     "Colour channels that the backbone expects"
     return next(w.shape[1] for w in self.model.parameters() if w.ndim == 4)

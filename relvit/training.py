@@ -95,6 +95,7 @@ def parse_task_args(pairs, # like dino.out=1024 selfpatch.border=clip
     for k, v in parse_args(pairs, 'task_args').items():
         name, _, arg = k.partition('.')
         if name not in tasks or name not in TASKS: raise ValueError(f'task_args are written like dino.out=1024, with a task of {", ".join(tasks)}; not {k!r}')
+        if name == 'labels': raise ValueError('labels take their arguments from the recipe (smoothing, zero_head) and from pool')
         if arg not in (known := _arguments(name)):
             near = difflib.get_close_matches(arg, known, 1)
             raise ValueError(f'task {name!r} has no {arg!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(known)}'))
@@ -115,7 +116,8 @@ def change_recipe(name, pairs # like mixup=0
             check_type(new[k], hints[k])
             if isinstance(v, bool) and 'bool' not in str(hints[k]): raise TypeCheckError('')
         except TypeCheckError: raise ValueError(f'{k} of a recipe must be {_in_words(hints[k])}, not {v!r}') from None
-    if 'lr' in new and 'final_lr' not in new: new['final_lr'] = r.final_lr*new['lr']/r.lr # which keeps its ratio
+    for k in ('lr', 'wd'): # whose last value keeps its ratio
+        if k in new and f'final_{k}' not in new and getattr(r, f'final_{k}') is not None and getattr(r, k): new[f'final_{k}'] = getattr(r, f'final_{k}')*new[k]/getattr(r, k)
     return r.but(**new)
 
 # %% ../nbs/39_training.ipynb #f1f0b7e8
@@ -143,7 +145,7 @@ class Config:
     encoder_args:tuple[str, ...] = () # more for it, like depth=4 embed_dim=128 num_heads=4
     pos_std:float = .02 # initial spread of the positional embedding
     init:str|None = None # run folder or .safetensors file whose encoder it starts with
-    recipe:str = 'default' # default, reference, paper, modern or finetune; `relvit recipes` shows them
+    recipe:str = 'default' # default, modern, dino, selfpatch, sere, moco3...; `relvit recipes` shows them
     recipe_args:tuple[str, ...] = () # changes of it, like mixup=0 ema=.999 layer_decay=.75
     epochs:int|None = None # passes over the training images; what does not fill a batch is left for the next; the recipe's
     steps:int|None = None # batches of an epoch, instead of one pass
@@ -232,7 +234,7 @@ class Config:
 # %% ../nbs/39_training.ipynb #571d5ab7
 @dataclass(frozen=True)
 class Pretrain(Config):
-    "Pretrain an encoder on relations of patches; no label is looked at"
+    "Pretrain an encoder on relations of patches, or with a teacher; no label is looked at"
     tasks:tuple[str, ...] = ('relations', 'positions') # what to learn, each with a weight if wanted: relations=1 angles=.5
     task_args:tuple[str, ...] = () # more for them, like dino.out=1024 selfpatch.border=clip
     head:Literal['qk', 'bilinear'] = 'qk' # of pair tasks: as released, or Eq. 8 in full
@@ -286,7 +288,7 @@ def config_tasks(c) -> dict: # name -> task
     "The tasks of a configuration, with their weights and heads"
     weights = parse_tasks(c.tasks)
     args = parse_task_args(c.task_args, weights)
-    if c.head != 'qk': args = {n: dict(kind=c.head) if 'kind' in _arguments(n) else {} for n in weights if n in TASKS} | args
+    if c.head != 'qk': args = {n: (dict(kind=c.head) if 'kind' in _arguments(n) else {}) | args.get(n, {}) for n in weights if n in TASKS}
     try: return {n: TASKS[n](weight=w, **args[n]) if args.get(n) else w for n, w in weights.items()}
     except (TypeError, RuntimeError) as e: raise ValueError(f'task_args cannot be: {e}') from e
 
@@ -338,6 +340,7 @@ def config_recipe(c:Config):
     r = change_recipe(c.recipe, c.recipe_args)
     new = {k: v for k in ('lr', 'wd', 'drop_path', 'epochs', 'bs', 'smoothing', 'augment', 'splits') if (v := getattr(c, k, None)) is not None}
     if c.lr: new['final_lr'] = r.final_lr*c.lr/r.lr
+    if c.wd is not None and r.final_wd is not None: new['final_wd'] = r.final_wd*c.wd/r.wd if r.wd else c.wd
     return r.but(**new)
 
 def recipe_of(run) -> Recipe:

@@ -177,6 +177,7 @@ def as_images(source, # (b,c,H,W) or (c,H,W) tensor or array, PIL image, path, f
               channels=3, most=50) -> Tensor: # (b,c,H,W)
     "Images as a batch. Raises ValueError for pixels of another size, naming the right one"
     if isinstance(source, (str, Path)) and Path(source).is_dir(): source = image_files(source, size[0]).files[:most]
+    if not isinstance(source, (str, Path, Image.Image)) and not len(source): raise ValueError('there is no image to show')
     if isinstance(source, (list, tuple)): return torch.cat([as_images(s, size, channels) for s in source[:most]])
     if isinstance(source, (str, Path, Image.Image)):
         side = round(max(size)*8/7)

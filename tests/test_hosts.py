@@ -3,6 +3,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback, CancelValidException
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,9 +16,10 @@ from relvit.moco import MoBY, MoCo3
 from relvit.recipes import get_recipe
 from relvit.selfpatch import SelfPatch
 from relvit.sere import ChannelRelation, PixelRelation
-from relvit.tasks import RelViT, spread
+from relvit.tasks import Classification, RelViT, make_tasks, spread
 from relvit.teacher import cosine
 from relvit.tokens import TokenEncoder
+from relvit.training import Pretrain, config_tasks, looks_at, make_learner
 from relvit.views import MultiCrop
 
 
@@ -115,6 +117,12 @@ def test_schedules(key, epochs, per):
     close([recipe.wd_at(i/n) for i in range(n)], wd, 1e-12)
 
 
+def test_a_warmup_of_no_whole_steps_stays_below_the_highest_rate():
+    for name in ('dino', 'moco3', 'moby', 'selfpatch'):
+        r = get_recipe(name)
+        assert max(r.lr_at(i/n, steps=n) for n in (7, 21, 25, 47, 130, 640) for i in range(n)) <= r.lr*(1 + 1e-9)
+
+
 def test_moby_momentum():
     r = recorded('moby/')['momentum_schedule_K20']
     close([cosine(i/20, *MoBY(size=8, out=4).momentum) for i in range(20)], r, 1e-12)
@@ -176,10 +184,12 @@ def test_the_teacher_gets_no_gradient():
     for tasks in ([DINO(**widths), SelfPatch(.1, **widths), 'pixel', 'channel'], [MoCo3(hidden=16, out=8), 'pixel'], [MoBY(hidden=16, out=8, size=8), SelfPatch(.1, **widths)]):
         model = RelViT(encoder(cls=False), tasks)
         views = crops()(torch.rand(4, 3, 16, 16))
+        for w in model.teacher.parameters(): w.requires_grad_(True) # so that nothing but the way it is asked protects it
         model.loss(model(views.view(0), views=views)).backward()
         assert all(w.grad is None for w in model.teacher.parameters())
+        assert not any(x.requires_grad for answer in model._taught.values() for x in answer)
         assert all(w.grad is not None for w in model.encoder.model.blocks.parameters())
-        assert not any(w.requires_grad for w in model.teacher.parameters())
+        assert not any(w.requires_grad for w in RelViT(encoder(cls=False), [DINO(**widths)]).teacher.parameters())
 
 
 def test_one_host_a_recipe():
@@ -240,4 +250,91 @@ def test_it_trains_without_collapse(method):
     assert (after - before).abs().mean() > 1e-3 and spread(after) > .05 and spread(counts) > .05, (spread(after), spread(counts))
     entropies = {k: v for k, v in scores.items() if k.endswith('entropy')}
     assert all(v > .05 for v in entropies.values()), entropies
+    most = {f'{n}_entropy': t.chance((4, 4)).get('entropy', np.inf) for n, t in learn.model.tasks.items()}
+    assert all(v < most[k] - 1e-3 for k, v in entropies.items()), (entropies, most) # of one that knows nothing
     assert all(v > 1e-3 for k, v in scores.items() if k.endswith('spread')), scores
+
+
+# with other things
+
+def test_images_that_are_not_square():
+    dls = digits_dls(bs=8, steps=2, device='cpu', whole=True)
+    enc = TokenEncoder('vit_tiny_patch16_224', img_size=(12, 16), p=4, depth=1, embed_dim=24, num_heads=2, in_chans=1)
+    learn = pretrain_learner(dls, enc, [DINO(**widths)], recipe='dino')
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1, cbs=[NoValidation()])
+    assert [tuple(c.shape[-2:]) for c in learn.make_views.last[1].crops] == [(12, 16), (12, 12)]
+
+
+class NoValidation(Callback):
+    def before_validate(self): raise CancelValidException
+
+
+def test_labels_keep_the_encoder_that_they_were_trained_with():
+    model = RelViT(encoder(), dict(labels=Classification(3), dino=DINO(**widths)))
+    assert model.counts == 'student' and model.learnt is model.encoder
+    assert RelViT(encoder(), [DINO(**widths)]).counts == 'teacher' and RelViT(encoder(), [MoCo3(hidden=16, out=8)]).counts == 'student'
+
+
+def test_a_warmed_temperature_is_part_of_the_model():
+    task = DINO(out=8, first_temp=.01, teacher_temp=.5, warm_epochs=3)
+    task.epoch = 2
+    again = DINO(out=8, first_temp=.01, teacher_temp=.5, warm_epochs=3)
+    again.load_state_dict(task.state_dict())
+    assert again.teacher_temp == .5 and DINO(out=8, first_temp=.01, teacher_temp=.5, warm_epochs=3).teacher_temp == .01
+
+
+def test_encoders_come_home_whole():
+    "With the drop path that a teacher has not, and with patches that MoCo v3 kept as they were"
+    dls = digits_dls(bs=8, steps=1, device='cpu', whole=True)
+    make = lambda: TokenEncoder('vit_tiny_patch16_224', **small, in_chans=1, drop_path_rate=.3)
+    drops = lambda e: [m.drop_prob for m in e.modules() if hasattr(m, 'drop_prob')]
+    learn = pretrain_learner(dls, make(), [DINO(**widths)])
+    assert drops(encoder_of(learn)) == drops(learn.model.encoder) != drops(learn.model.teacher.encoder)
+    moco = pretrain_learner(dls, make(), [MoCo3(hidden=16, out=8)])
+    assert not moco.model.encoder.model.patch_embed.proj.weight.requires_grad
+    assert pretrain_learner(dls, moco.model.encoder).model.encoder.model.patch_embed.proj.weight.requires_grad
+
+
+def test_what_cannot_be():
+    dls = digits_dls(bs=8, steps=1, device='cpu', whole=True)
+    enc = lambda: TokenEncoder('vit_tiny_patch16_224', **small, in_chans=1)
+    for bad, why in [(lambda: pretrain_learner(dls, enc(), [DINO(**widths)], mega=2), 'no task here asks'),
+                     (lambda: DINO(teacher_temp=0), 'teacher_temp must be above 0'), (lambda: SelfPatch(k=0), 'k must be above 0'),
+                     (lambda: MoBY(momentum=5), 'momentum must lie between 0 and 1'), (lambda: DINO(center='local'), 'center is'),
+                     (lambda: get_recipe('dino').but(global_scale=(.9, .2)), 'two rising shares'),
+                     (lambda: pretrain_learner(dls, enc(), [DINO(**widths), SelfPatch(window=5, border='clip', **widths), SelfPatch(window=5, **widths)]), 'wrap'),
+                     (lambda: RelViT(enc(), [MoCo3(hidden=8, out=4)])(torch.rand(2, 1, 16, 16), views=MultiCrop(16, globals=1)(torch.rand(2, 1, 16, 16))), 'large crops')]:
+        with pytest.raises(ValueError, match=why): bad()
+    with pytest.raises(ValueError, match='mean of weights already'):
+        learn = pretrain_learner(dls, enc(), [DINO(**widths)], recipe='modern')
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1)
+
+
+def test_validation_of_relations_sees_plain_images():
+    dls = digits_dls(bs=8, steps=1, device='cpu', whole=True)
+    learn = pretrain_learner(dls, TokenEncoder('vit_tiny_patch16_224', **small, in_chans=1), [DINO(**widths), 'relations'], augment=False)
+    seen = []
+    learn.model.register_forward_pre_hook(lambda _, a: seen.append((a[0], a[4])))
+    with learn.no_bar(), learn.no_logging(): learn.validate()
+    assert seen[0][0].equal(dls.valid.one_batch()[0]) and not seen[0][1].view(0).equal(seen[0][0])
+
+
+# from a configuration
+
+def test_arguments_of_tasks_from_text():
+    c = Pretrain(tasks=('dino', 'selfpatch', 'relations=.5'), task_args=('dino.out=64', 'selfpatch.border=clip', 'selfpatch.window=5'))
+    made = make_tasks(config_tasks(c))
+    assert {n: t.weight for n, t in made.items()} == dict(dino=1., selfpatch=.1, relations=.5) # SelfPatch's own weight
+    assert len(made['dino'].center.value) == 64 and made['selfpatch'].border == 'clip' and made['selfpatch'].window == 5
+    for bad, why in {'dino.outt=3': "did you mean 'out'", 'moby.size=3': 'with a task of dino', 'dino.out': 'name=value', 'out=3': 'with a task of dino'}.items():
+        with pytest.raises(ValueError, match=why): Pretrain(tasks=('dino',), task_args=(bad,))
+
+
+def test_whole_images_for_crops_and_augmented_ones_for_labels():
+    assert looks_at(Pretrain(tasks=('dino', 'relations')), 'views') and not looks_at(Pretrain(), 'views')
+    whole, moved = (make_learner(c).dls.train for c in (Pretrain(tasks=('dino',), task_args=('dino.out=8', 'dino.hidden=8', 'dino.bottleneck=4'), **few),
+                                                        Pretrain(**few)))
+    assert whole.augment.fs == [] and moved.augment.fs
+
+
+few = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=1', 'num_heads=2'), bs=8, steps=1, device='cpu')

@@ -26,7 +26,7 @@ plugins = {'notebook-extension/tracker': dict(windowingMode='none'),
 
 preamble = '''
 import json, torch
-from relvit import tasks, tokens, widgets as w
+from relvit import method_widgets as m, tasks, tokens, widgets as w
 torch.manual_seed(0)
 encoder = lambda p: tokens.TokenEncoder('vit_tiny_patch16_224', img_size=24, p=p, embed_dim=24, depth=2, num_heads=2)
 model = tasks.RelViT(encoder(4), ['relations', 'positions'])
@@ -34,7 +34,8 @@ images = torch.rand(3, 1, 24, 24).expand(-1, 3, -1, -1)
 '''.strip()
 shown = dict(relations='w.RelationExplorer(model, images)', playground='w.PatchPlayground(images, 4)',
              attention='w.AttentionExplorer(model, images)', jigsaw='w.JigsawExplorer(model, images)',
-             methods='w.MethodComparison(dict(fine=model, coarse=encoder(6)), images)')
+             methods='w.MethodComparison(dict(fine=model, coarse=encoder(6)), images)',
+             positives='m.PositivesExplorer(model, images)', self_relations='m.SelfRelationExplorer(model, images)')
 say = f'print(json.dumps([[e.state, e.picture.cells] for e in [{", ".join(shown)}]]))'
 
 
@@ -172,7 +173,7 @@ class Shown:
         handle.focus()
         self.page.keyboard.press('ArrowRight')
 
-    def patch(self): return int(self.area.get_by_role('spinbutton', name='patch').input_value())
+    def patch(self): return int(self.area.get_by_role('spinbutton', name=re.compile('^(patch|point)$')).input_value())
 
 
 @pytest.fixture(scope='module')
@@ -283,10 +284,10 @@ def test_a_slider_shows_another_image(bench, widgets):
     with w.changes(): w.area.get_by_label('task').select_option('relations')
 
 
-@pytest.mark.parametrize('name, kind, row, col, patch', [
-    ('playground', 'slot', 2, 3, 15), ('attention', 'patch', 1, 2, 8),
-    ('jigsaw', 'patch', 0, 5, 5), ('methods', '4x4', 2, 3, 23)])
-def test_every_widget_hears(name, kind, row, col, patch, bench, widgets):
+@pytest.mark.parametrize('name, kind, row, col, patch, below', [
+    ('playground', 'slot', 2, 3, 15, 21), ('attention', 'patch', 1, 2, 8, 14), ('jigsaw', 'patch', 0, 5, 5, 11),
+    ('methods', '4x4', 2, 3, 23, 29), ('positives', 'patch', 1, 2, 8, 14), ('self_relations', 'photo', 0, 0, 0, 5)])
+def test_every_widget_hears(name, kind, row, col, patch, below, bench, widgets):
     "A click, an arrow key and its first slider"
     w, cells = getattr(widgets, name), bench.ask()[name][1]
     with w.changes(): w.page.mouse.click(*w.point(next(c for c in cells if c[0] == kind), row, col))
@@ -294,7 +295,7 @@ def test_every_widget_hears(name, kind, row, col, patch, bench, widgets):
     with w.changes(): w.page.keyboard.press('ArrowDown')
     with w.changes(): w.slide(0)
     state = bench.ask()[name][0]
-    assert (state['patch'], state['image']) == (patch + 6, 1)
+    assert (state.get('patch', state.get('point')), state['image']) == (below, 1)
 
 
 @pytest.mark.parametrize('path', tutorials, ids=[p.stem for p in tutorials])

@@ -34,7 +34,7 @@ def aggregator():
     r = recorded('agg/')
     h = ClassAttention(32, r['num_heads'].item())
     theirs = {k.removeprefix('w/').replace('cls_blocks', 'blocks'): v for k, v in r.items() if k.startswith('w/')}
-    h.load_state_dict({'token': theirs.pop('cls_token').flatten(), **theirs})
+    h.load_state_dict({'token': theirs.pop('cls_token'), **theirs})
     return h
 
 

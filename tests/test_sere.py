@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_golden import close, recorded
 
 from relvit.losses import soft_cross_entropy
-from relvit.sere import (ChannelRelation, PixelRelation, RelationHead, as_map, attention_heads, channel_relation,
+from relvit.sere import (ChannelRelation, PixelRelation, RelationHead, as_map, channel_relation,
                          pixel_relation, relation_difference, released_sere, sample_views, view_difference, view_pairs)
 from relvit.tasks import RelViT, Seen, make_tasks
 from relvit.tokens import TokenEncoder, Tokens
@@ -76,7 +76,7 @@ class Encoder(torch.nn.Module):
     "Only what a task asks of an encoder"
     def __init__(self, dim=dim, heads=M):
         super().__init__()
-        self.dim, self.num_heads = dim, heads
+        self.dim, self.heads = dim, heads
 
 
 def boxes_of(b, globals, locals, seed=0):
@@ -307,8 +307,8 @@ def test_points_follow_the_grid():
 
 def test_heads():
     vit = lambda **k: TokenEncoder('vit_tiny_patch16_224', img_size=32, p=16, depth=1, **k)
-    assert attention_heads(vit()) == 3 and attention_heads(vit(num_heads=6)) == 6
-    assert [attention_heads(Encoder(d, None)) for d in (384, 10, 7, 64)] == [6, 5, 1, 4]
+    assert vit().heads == 3 and vit(num_heads=6).heads == 6 == PixelRelation().setup(vit(num_heads=6), (2, 2)).heads
+    assert TokenEncoder('resnet18', img_size=32).heads == 4 # which has no attention, and a width of 512
     with pytest.raises(ValueError, match='5 heads do not divide a width of 192'): PixelRelation(heads=5).setup(vit(), (2, 2))
     with pytest.raises(ValueError, match="border is 'released' or 'clean'"): PixelRelation(border='wrap')
     with pytest.raises(ValueError, match='there is one'): ChannelRelation().setup(Encoder(), (7, 7))(seen_by_two(globals=1, locals=0)[0])
@@ -339,7 +339,7 @@ def test_trains_in_a_model():
 def test_released_mixture():
     made = released_sere('moby')
     assert {n: w if isinstance(w, (int, float)) else w.weight for n, w in made.items()} == dict(moby=1.65, pixel=.2, channel=.5)
-    assert released_sere(pixel=1., channel=1.)['ibot'] == 1 # as its defaults
+    assert released_sere(pixel=1., channel=1.)['dino'] == 1 # as its defaults
     assert made['pixel'].dilute and made['pixel'].local_heads and made['channel'].local_heads
     assert {n: t.weight for n, t in make_tasks({'pixel': 1, 'channel': .5}).items()} == dict(pixel=1, channel=.5)
 
