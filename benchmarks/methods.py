@@ -161,10 +161,10 @@ class Plain:
 def engine_step(model, views):
     "The same by relvit's engine, as a Learner calls it"
     model.zero_grad()
-    if model.host.moves == 'before': model.move_teacher()
+    if model.host.moves == 'before': model.move_teacher(0.)
     loss = model.loss(model(views.view(0), views=views))
     loss.backward()
-    if model.host.moves == 'after': model.move_teacher()
+    if model.host.moves == 'after': model.move_teacher(0.)
     return loss.detach()
 
 

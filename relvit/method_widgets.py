@@ -82,7 +82,7 @@ def draw_positives(x, # image, see `plots.as_image`
 def _bars(ax, rows, n):
     "A bar a neighbour, as long as its cosine"
     _, alike, taken, far, _ = zip(*rows)
-    low = min(0, *alike)
+    low = -1.05 if min(alike) < 0 else 0
     ax.barh(range(len(rows)), [s - low for s in alike], left=low, height=.9, color=['#f58518' if t else '#d9d9d9' for t in taken],
             hatch=['//' if f else '' for f in far], ec='w', lw=0)
     for r, (i, s, _, across, arrow) in enumerate(rows):
