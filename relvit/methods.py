@@ -113,7 +113,7 @@ def methods_table(results:dict, # of a record
     if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in (head, ('---',)*5, *rows))
     return '\n'.join(f'{r[0]:<32s}' + ''.join(f'{c:>24s}' for c in r[1:]) for r in (head, *rows))
 
-# %% ../nbs/64_methods.ipynb #ba2e74b4
+# %% ../nbs/64_methods.ipynb #3dd81b73
 @call_parse
 def compare_methods(root:str, # folder that holds cifar-10-batches-py
                     seeds:int=3, first:int=0, # how many, and the first of them

@@ -179,7 +179,8 @@ def _changed(recipe):
     "What differs from the recipe of that name, where that is still the same version"
     now = RECIPES[recipe['name']].asdict() if recipe['name'] in RECIPES else {}
     if now.get('version') != recipe['version']: return []
-    return [f'{k}={recipe[k]}' for k, v in json.loads(json.dumps(now)).items() if k != 'epochs' and recipe.get(k) != v]
+    then, now = (json.loads(json.dumps(r)) for r in (Recipe.of(recipe).asdict(), now)) # fields that came later had their defaults
+    return [f'{k}={then[k]}' for k, v in now.items() if k != 'epochs' and then[k] != v]
 
 def compare_rows(folder='results/table1', # of `reproduce`
                  ) -> pd.DataFrame:
