@@ -59,7 +59,7 @@ def as_map(tokens # `Tokens`
     return tokens.prenorm.mT.unflatten(2, tokens.grid)
 
 # %% ../nbs/24_sere.ipynb #1851a518
-def view_pairs(counts, # views per resolution, globals first, as `Views.counts`
+def view_pairs(counts, # views per resolution, globals first, as the counts of `Views`
                r:int=0 # resolution of the student's view
               ) -> tuple[Tensor, Tensor]: # (m,) each: the teacher's global view, the student's view among those of r
     "Every global view with every view of a resolution but itself"
