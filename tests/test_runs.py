@@ -47,6 +47,7 @@ def same(a, b):
     for x, y in zip(load_model(a).state_dict().values(), load_model(b).state_dict().values()): assert x.equal(y)
 
 
+plain = tiny | dict(encoder_args=(*tiny['encoder_args'], 'cls=false')) # as SelfPatch wants it
 def heads(task, **widths): return tuple(f'{task}.{k}={v}' for k, v in widths.items())
 
 
@@ -55,9 +56,9 @@ MODES = dict(
     finetune=lambda **k: Finetune(**tiny, smoothing=.1, image_augment='colJitter:0.8', **k),
     joint=lambda **k: Joint(**tiny, tasks=('labels', 'relations', 'angles=.5'), **k),
     modern=lambda **k: Joint(**tiny, recipe='modern', recipe_args=('layer_decay=.7',), accumulate=2, **k), # 5 batches: one is left over
-    teacher=lambda **k: Pretrain(**tiny, tasks=('dino', 'selfpatch', 'pixel', 'channel', 'relations=.5'), recipe='dino', recipe_args=('locals=2',),
+    teacher=lambda **k: Pretrain(**plain, tasks=('dino', 'selfpatch', 'pixel', 'channel', 'relations=.5'), recipe='dino', recipe_args=('locals=2',),
                                  task_args=(*heads('dino', hidden=16, bottleneck=8, out=16), *heads('selfpatch', hidden=16, bottleneck=8, out=16)), **k),
-    queues=lambda **k: Pretrain(**tiny, tasks=('moby', 'selfpatch'), recipe='moby', accumulate=2,
+    queues=lambda **k: Pretrain(**plain, tasks=('moby', 'selfpatch'), recipe='moby', accumulate=2,
                                 task_args=(*heads('moby', hidden=16, out=8, size=48), *heads('selfpatch', hidden=16, bottleneck=8, out=16)), **k),
     contrast=lambda **k: Pretrain(**tiny, tasks=('moco3', 'channel'), task_args=heads('moco3', hidden=16, out=8), recipe='moco3', **k))
 
