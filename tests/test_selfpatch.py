@@ -290,3 +290,7 @@ def test_the_teachers_head_has_no_part_in_the_gradient(head):
     assert all(w.grad is None for w in theirs.parameters())
     alone, = torch.autograd.grad(task.loss(task(seen), task.teach(Seen([Tokens(None, x, x.detach(), (3, 3))], None), theirs)), x)
     close(alone, x.grad)
+
+
+def test_it_says_where_its_aggregator_would_learn_nothing():
+    with pytest.warns(UserWarning, match='meant for cls=False'): SelfPatch().setup(small(cls=True), (4, 4))
