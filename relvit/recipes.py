@@ -155,8 +155,8 @@ def get_recipe(recipe # a `Recipe` or the name of one
     if isinstance(recipe, Recipe): return recipe
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, 1)
-        hint = f' (did you mean {near[0]!r}?)' if near else ''
-        raise ValueError(f'no recipe is called {recipe!r}; there are {", ".join(RECIPES)}{hint}')
+        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(RECIPES)}'
+        raise ValueError(f'no recipe is called {recipe!r}; {hint}')
     return RECIPES[recipe]
 
 # %% ../nbs/30_recipes.ipynb #a6195668
