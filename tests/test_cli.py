@@ -138,7 +138,7 @@ WRONG = { # what is typed: what is said
     'pretrain --channels 2': 'channels',
     'pretrain --name ../up': 'must be a plain name',
     'pretrain --augment colourful': 'is no augmentation of patches',
-    'pretrain --recipe referense': "did you mean 'reference'?",
+    'pretrain --recipe referense': "'reference'?",
     'pretrain --config wrong.yaml': "knows no 'epohs'; did you mean 'epochs'?",
     'pretrain --config list.yaml': 'must hold lines of "key: value"',
     'pretrain --config broken.yaml': 'broken.yaml is not YAML',
