@@ -52,10 +52,11 @@ def split_parameters(model, layers=False # a group a layer, from the pixels up
                     ) -> list: # the last group is that of the heads, which `learn.freeze()` leaves to train
     "Parameters of the encoder and of the heads"
     model = bare(model)
-    if not layers: return L(list(model.encoder.parameters()), list(model.tasks.parameters()))
+    heads = [w for n, w in model.named_parameters() if not n.startswith(('encoder.', 'teacher.', 'ema.'))]
+    if not layers: return L(list(model.encoder.parameters()), heads)
     depth, groups = model.encoder.layers(), {}
     for n, w in model.encoder.named_parameters(): groups.setdefault(depth[n], []).append(w)
-    return L(*[groups[d] for d in sorted(groups)], list(model.tasks.parameters()))
+    return L(*[groups[d] for d in sorted(groups)], heads)
 
 # %% ../nbs/35_learner.ipynb #6d01b783
 def encoder_of(source):

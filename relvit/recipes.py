@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from .teacher import cosine
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'dino_lr', 'Recipe', 'get_recipe',
-           'recipe_table']
+__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'dino_lr', 'stairs_lr', 'Recipe',
+           'get_recipe', 'recipe_table']
 
 # %% ../nbs/30_recipes.ipynb #b12e5905
 def cosine_lr(t:float, # share of all steps done, 0 to 1
@@ -34,9 +34,15 @@ def dino_lr(t:float, lr=5e-4, final=1e-6, warmup=.1, steps:int=None) -> float: #
     if t >= warmup - 1e-9: return cosine((t - warmup)/(1 - warmup), lr, final)
     return lr*t/warmup if steps is None else lr*t*steps/max(round(warmup*steps) - 1, 1)
 
-SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr)
+# %% ../nbs/30_recipes.ipynb #f254c566
+def stairs_lr(t:float, lr=5e-5, final=5e-7, warmup=.01, at=(8/12, 11/12)) -> float: # `at`: shares of the run where a stair goes down
+    "The 1x schedule of detection: linear warm-up from a thousandth, then equal factors down to `final`"
+    if t < warmup: return lr*max(t/warmup, .001)
+    return lr*(final/lr)**(sum(t >= a - 1e-9 for a in at)/len(at))
 
-# %% ../nbs/30_recipes.ipynb #33ed1dfc
+SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr, stairs=stairs_lr)
+
+# %% ../nbs/30_recipes.ipynb #41bba7d1
 CHOICES = dict(schedule=tuple(SCHEDULES), policy=('none', 'randaugment', 'autoaugment'), jitter=('pixels', 'normalised'),
                splits=('held-out', 'reference'))
 RANGES = ( # what must hold, and for what
@@ -48,7 +54,7 @@ RANGES = ( # what must hold, and for what
     ('two rising shares above 0 and up to 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, 'global_scale local_scale'),
     ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
 
-# %% ../nbs/30_recipes.ipynb #e7807925
+# %% ../nbs/30_recipes.ipynb #8270425a
 @dataclass(frozen=True, repr=False)
 class Recipe:
     "How a run is trained. Raises ValueError for an impossible number"
@@ -116,7 +122,7 @@ class Recipe:
     @classmethod
     def of(cls, values:dict): return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../nbs/30_recipes.ipynb #8270425a
+# %% ../nbs/30_recipes.ipynb #e7b87845
 def _changes(r):
     "What differs from a recipe that says nothing"
     plain = {f.name: f.default for f in fields(Recipe)}
@@ -127,7 +133,7 @@ def _repr(r):
     return f'{r.name}, version {r.version}: {r.says}\n  {said or "nothing but the defaults"}'
 Recipe.__repr__ = _repr
 
-# %% ../nbs/30_recipes.ipynb #e7b87845
+# %% ../nbs/30_recipes.ipynb #bd30abbd
 _mixed = dict(betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25)
 _readme = dict(bs=256, lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, drop_path=.1)
 _dino = dict(final_lr=1e-6, betas=(.9, .999), wd=.04, final_wd=.4, decay_embeddings=True, schedule='dino', clip=3., clip_each=True,
@@ -146,9 +152,12 @@ RECIPES = {r.name: r for r in (
            global_scale=(.25, 1.), local_scale=(.05, .25), **_dino),
     Recipe('sere', says="SERE's ViT-S on DINO, as printed", bs=512, lr=1e-3, global_scale=(.35, 1.), local_scale=(.05, .35), **_dino),
     Recipe('moco3', says="MoCo v3's ViT-S", bs=1024, lr=6e-4, final_lr=0., wd=.1, decay_all=True, warmup=40/300, clip=0., **_contrast),
-    Recipe('moby', says="MoBY's DeiT-S and Swin-T", bs=512, lr=1e-3, final_lr=5e-6, wd=.05, warmup=5/300, clip=5., drop_path=.2, **_contrast))}
+    Recipe('moby', says="MoBY's DeiT-S and Swin-T", bs=512, lr=1e-3, final_lr=5e-6, wd=.05, warmup=5/300, clip=5., drop_path=.2, **_contrast),
+    Recipe('detect', says="a detector on a pretrained ViT, as SelfPatch's was judged: 12 epochs, the 1x schedule", epochs=12, bs=8, lr=5e-5, final_lr=5e-7,
+           betas=(.9, .999), warmup=.0057, schedule='stairs', clip=0., drop_path=.05),
+    Recipe('scenes', says='a small detector on small images: short, at a high learning rate', epochs=12, bs=8, lr=5e-4, final_lr=5e-6, betas=(.9, .999), warmup=.05))}
 
-# %% ../nbs/30_recipes.ipynb #bd30abbd
+# %% ../nbs/30_recipes.ipynb #68418a3d
 def get_recipe(recipe # a `Recipe` or the name of one
               ) -> Recipe:
     "A recipe by name. Raises ValueError for an unknown one"
@@ -159,7 +168,7 @@ def get_recipe(recipe # a `Recipe` or the name of one
         raise ValueError(f'no recipe is called {recipe!r}; {hint}')
     return RECIPES[recipe]
 
-# %% ../nbs/30_recipes.ipynb #a6195668
+# %% ../nbs/30_recipes.ipynb #24ad89c7
 def recipe_table(recipes=None # `Recipe`s; all known ones if None
                 ):
     "A pandas table of the fields in which recipes differ"

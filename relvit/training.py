@@ -8,6 +8,7 @@ import difflib, inspect, json, os, sys, time, typing, torch, yaml
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
+from functools import singledispatch
 from pathlib import Path
 from tqdm import tqdm
 from typeguard import TypeCheckError, check_type
@@ -30,10 +31,10 @@ from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Config',
-           'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at', 'usable', 'settle',
-           'open_config_data', 'config_recipe', 'recipe_of', 'make_learner', 'Plan', 'count', 'as_time', 'plan',
-           'Console', 'train', 'show_learnt', 'load_model']
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Settings',
+           'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at',
+           'usable', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of', 'make_learner', 'Plan',
+           'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model', 'empty_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
@@ -121,9 +122,59 @@ def change_recipe(name, pairs # like mixup=0
     return r.but(**new)
 
 # %% ../nbs/39_training.ipynb #f1f0b7e8
+class Settings:
+    "Plain data with types that says everything about a run. Raises ValueError for an unknown key, a wrong type or an impossible value"
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            try:
+                check_type(v := getattr(self, f.name), hints[f.name])
+                if isinstance(v, bool) and 'bool' not in str(hints[f.name]): raise TypeCheckError('') # True is no 1
+            except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
+        for what, holds, names in LIMITS:
+            for k in names.split():
+                if (v := getattr(self, k, None)) is not None and not holds(v): raise ValueError(f'{k} must be {what}, not {v}')
+
+    @classmethod
+    def from_dict(cls, values:dict): # plain data, of JSON or YAML
+        hints, new = typing.get_type_hints(cls), {}
+        for k, v in values.items():
+            mode, key = cls.__name__.lower(), str(k).replace('-', '_')
+            if k == 'mode':
+                if v != mode: raise ValueError(f'this is what a {v} run is made of, not a {mode} run')
+                continue
+            if key not in hints:
+                near, other = difflib.get_close_matches(key, hints, 1), [n for n, kind in MODES.items() if key in {f.name for f in fields(kind)}]
+                raise ValueError(f'{cls.__name__} knows no {k!r}; ' + (f'it is of {" and ".join(other)}' if other else
+                    f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(hints)}'))
+            if isinstance(v, dict): v = [f'{a}={json.dumps(b)}' for a, b in v.items()] # as YAML would write depth: 4
+            if typing.get_origin(hints[key]) is tuple and isinstance(v, str): v = v.split()
+            if isinstance(v, list): v = tuple(v) if int in typing.get_args(hints[key]) else tuple(map(str, v))
+            new[key] = _number(v) if float in (hints[key], *typing.get_args(hints[key])) else v
+        return cls(**new)
+
+    @classmethod
+    def read(cls, path, **changes):
+        "From a YAML file; it may name the run to start from (init), whose data is then taken where the file says nothing"
+        path = Path(path)
+        if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
+        try: values = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not YAML: {e}') from e
+        if not isinstance(values, dict): raise ValueError(f'{path} must hold lines of "key: value"')
+        try: return cls.of(values | changes)
+        except ValueError as e: raise ValueError(f'{path}: {e}') from e
+
+    @classmethod
+    def of(cls, values:dict): return cls.from_dict(values) # where a mode takes more from a run than its encoder, it says so here
+    def asdict(self): return dict(mode=self.mode, **asdict(self))
+    @property
+    def mode(self): return type(self).__name__.lower()
+    def but(self, **changes): return type(self).from_dict({k: v for k, v in asdict(self).items()} | changes)
+
+# %% ../nbs/39_training.ipynb #571d5ab7
 @dataclass(frozen=True)
-class Config:
-    "What a run is made of. Raises ValueError for an unknown key, a wrong type or an impossible value"
+class ImageData(Settings):
+    "Which images a run sees, and how"
     data:str = 'digits' # name of a known data set, a folder of images, a pattern of .tar shards, or hf: and a Hugging Face data set
     root:str|None = None # folder that holds a known data set
     labels:str|None = None # CSV with a column of files and one of labels, for a folder
@@ -141,6 +192,14 @@ class Config:
     check:bool = True # decode every file before training; without, the first bad one ends the run
     memory:float = 2. # GB of decoded images that may be kept
     download:bool = False # fetch a known data set that is not there
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.columns) not in (0, 2): raise ValueError(f'columns names two, of files and of labels, not {len(self.columns)}')
+
+@dataclass(frozen=True)
+class Fit(Settings):
+    "What is trained, how, and where it is written"
     encoder:str|None = None # name of a timm model; the one in init, or vit_small_patch16_224
     encoder_args:tuple[str, ...] = () # more for it, like depth=4 embed_dim=128 num_heads=4
     pos_std:float = .02 # initial spread of the positional embedding
@@ -168,50 +227,15 @@ class Config:
     name:str|None = None # of the run folder; made of mode, data and encoder if None
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for f in fields(self):
-            try:
-                check_type(v := getattr(self, f.name), hints[f.name])
-                if isinstance(v, bool) and 'bool' not in str(hints[f.name]): raise TypeCheckError('') # True is no 1
-            except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
-        for what, holds, names in LIMITS:
-            for k in names.split():
-                if (v := getattr(self, k, None)) is not None and not holds(v): raise ValueError(f'{k} must be {what}, not {v}')
+        super().__post_init__()
         if self.name is not None and Path(self.name).name != self.name:
             raise ValueError(f'name must be a plain name, not {self.name!r}; the folder it lies in is out')
-        if len(self.columns) not in (0, 2): raise ValueError(f'columns names two, of files and of labels, not {len(self.columns)}')
         parse_args(self.encoder_args)
         change_recipe(self.recipe, self.recipe_args)
 
-    @classmethod
-    def from_dict(cls, values:dict): # plain data, of JSON or YAML
-        hints, new = typing.get_type_hints(cls), {}
-        for k, v in values.items():
-            mode, key = cls.__name__.lower(), str(k).replace('-', '_')
-            if k == 'mode':
-                if v != mode: raise ValueError(f'this is what a {v} run is made of, not a {mode} run')
-                continue
-            if key not in hints:
-                near, other = difflib.get_close_matches(key, hints, 1), [n for n, kind in MODES.items() if key in {f.name for f in fields(kind)}]
-                raise ValueError(f'{cls.__name__} knows no {k!r}; ' + (f'it is of {" and ".join(other)}' if other else
-                    f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(hints)}'))
-            if isinstance(v, dict): v = [f'{a}={json.dumps(b)}' for a, b in v.items()] # as YAML would write depth: 4
-            if typing.get_origin(hints[key]) is tuple and isinstance(v, str): v = v.split()
-            if isinstance(v, list): v = tuple(map(str, v))
-            new[key] = _number(v) if float in (hints[key], *typing.get_args(hints[key])) else v
-        return cls(**new)
-
-    @classmethod
-    def read(cls, path, **changes):
-        "From a YAML file; it may name the run to start from (init), whose data is then taken where the file says nothing"
-        path = Path(path)
-        if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
-        try: values = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not YAML: {e}') from e
-        if not isinstance(values, dict): raise ValueError(f'{path} must hold lines of "key: value"')
-        try: return cls.of(values | changes)
-        except ValueError as e: raise ValueError(f'{path}: {e}') from e
-
+@dataclass(frozen=True)
+class Config(Fit, ImageData):
+    "What a run over images is made of. Raises ValueError for an unknown key, a wrong type or an impossible value"
     @classmethod
     def of(cls, values:dict):
         "From plain data, and where that names a run as `init`, with the data of that run"
@@ -222,16 +246,12 @@ class Config:
     @classmethod
     def after(cls, run, **changes): # run folder
         "Starts with the encoder of a run, on the data of that run"
-        c = config_of(Run(run)).asdict()
+        if not isinstance(found := config_of(Run(run)), Config): return cls.from_dict(dict(init=str(run)) | changes) # of boxes, say
+        c = found.asdict()
         if not usable(c['device']): c['device'] = None
         return cls.from_dict({k: c[k] for k in DATA} | dict(init=str(run)) | changes)
 
-    def asdict(self): return dict(mode=self.mode, **asdict(self))
-    @property
-    def mode(self): return type(self).__name__.lower()
-    def but(self, **changes): return type(self).from_dict({k: v for k, v in asdict(self).items()} | changes)
-
-# %% ../nbs/39_training.ipynb #571d5ab7
+# %% ../nbs/39_training.ipynb #790f7054
 @dataclass(frozen=True)
 class Pretrain(Config):
     "Pretrain an encoder on relations of patches, or with a teacher; no label is looked at"
@@ -277,11 +297,12 @@ MODES = {c.__name__.lower(): c for c in (Pretrain, Finetune, Joint)}
 def config_of(run:Run) -> Config:
     "The configuration of a run. Raises ValueError for a folder that `train` did not make"
     mode = run.config.get('mode')
+    if mode == 'detect' and mode not in MODES: raise ValueError(f'{run.path} is a run of relvit detect: import relvit.detection first')
     if mode not in MODES or 'fit' not in run.data:
         raise ValueError(f'{run.path} is not of relvit pretrain, finetune or joint: its config.json and data.json do not say what they do')
     return MODES[mode].from_dict(run.config)
 
-# %% ../nbs/39_training.ipynb #2183b275
+# %% ../nbs/39_training.ipynb #b98dc5fa
 ENCODER = 'vit_small_patch16_224'
 
 def config_tasks(c) -> dict: # name -> task
@@ -307,28 +328,34 @@ def _weights(init):
     if not path.is_file(): raise FileNotFoundError(f'there is no {path} to start from')
     return path
 
-def settle(c:Config) -> Config:
-    "With places that hold from any folder and the encoder of `init`. Raises ValueError where another was asked for"
+def settle_fit(c:Fit) -> Fit:
+    "With places that hold from any folder, the recipe's numbers and the encoder of `init`. Raises ValueError where another was asked for"
     def place(k, v):
         head, tail = ('hf:', v[3:]) if v.startswith('hf:') else ('', v)
         if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
         return head + os.path.abspath(Path(tail).expanduser())
-    c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k))})
+    c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k, None))})
     r = config_recipe(c)
     c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
-    if c.flip is None and r.flip is not None and c.data in DATASETS: c = c.but(flip=r.flip)
-    if c.splits is None: c = c.but(splits=r.splits if c.data in DATASETS else 'held-out') # others have no test set of the papers'
-    if isinstance(c, Joint) and c.leak is None and r.leak: c = c.but(leak='paper')
-    if c.data in DATASETS and not DATASETS[c.data].drawn and c.root is None: c = c.but(root=os.getcwd())
     held = encoder_config(_weights(c.init)) if c.init else {}
     if not held: return c.but(encoder=c.encoder or ENCODER)
     if c.encoder not in (None, held['name']): raise ValueError(f'init holds a {held["name"]}, not a {c.encoder}; leave encoder out')
     ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate', 'attn_mask'
     for k, v in parse_args(c.encoder_args).items():
         if k not in ours and held.get(k, v) != v: raise ValueError(f'init holds an encoder of {k}={held[k]}, not {v}; leave it out')
-    if c.p and isinstance(held.get('p'), int) and c.p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {c.p}')
+    if (p := getattr(c, 'p', None)) and isinstance(held.get('p'), int) and p != held['p']: raise ValueError(f'init holds an encoder of patches of {held["p"]} pixels, not {p}')
     mask = tuple(a for a in c.encoder_args if a.startswith('attn_mask=')) # of this run, not of the weights
     return c.but(encoder=held['name'], encoder_args=(*(f'{k}={json.dumps(v)}' for k, v in held.items() if k not in ours), *mask))
+
+@singledispatch # another mode registers its own
+def settle(c:Config) -> Config:
+    "See `settle_fit`; and with what recipe and data set say about the images"
+    c, r = settle_fit(c), config_recipe(c)
+    if c.flip is None and r.flip is not None and c.data in DATASETS: c = c.but(flip=r.flip)
+    if c.splits is None: c = c.but(splits=r.splits if c.data in DATASETS else 'held-out') # others have no test set of the papers'
+    if isinstance(c, Joint) and c.leak is None and r.leak: c = c.but(leak='paper')
+    if c.data in DATASETS and not DATASETS[c.data].drawn and c.root is None: c = c.but(root=os.getcwd())
+    return c
 
 def open_config_data(c:Config):
     "The `Splits` of a configuration"
@@ -364,7 +391,8 @@ def _start(c, splits, dls, recipe):
     if c.init: load(path, encoder)
     return encoder
 
-# %% ../nbs/39_training.ipynb #7859b294
+# %% ../nbs/39_training.ipynb #d5c97db2
+@singledispatch
 def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if None
                  encoder=None, # built here, or loaded from `c.init`, if None
                  recipe=None # a `Recipe`; that of the configuration if None
@@ -397,7 +425,7 @@ def make_learner(c:Config, splits=None, # of `open_config_data`; opened here if 
     splits.p = encoder.p if isinstance(encoder.p, int) else splits.p
     return learn
 
-# %% ../nbs/39_training.ipynb #d5c97db2
+# %% ../nbs/39_training.ipynb #8e683737
 @dataclass
 class Plan:
     "What a configuration would do"
@@ -460,7 +488,7 @@ def plan(c:Config) -> Plan:
     return Plan(c, learn.dls.splits, model.grid, size(model.encoder), size(model.tasks), len(learn.dls.train), seconds,
                 weights + 3*sum(train) + kept[0]//2, model)
 
-# %% ../nbs/39_training.ipynb #8e683737
+# %% ../nbs/39_training.ipynb #f30f65bd
 class Console(Callback):
     "Tells a terminal, or a program that reads along, how a run goes. Reads `learn.train_iter`, `.record_run`"
     order, run_valid = 110, False
@@ -485,7 +513,7 @@ class Console(Callback):
         return f"epoch {m['epoch'] + 1:3d} of {self.learn.n_epoch}, {m['seconds']:.0f} s: loss {m['train']['loss']:.3f}, " \
                f"held out {m['valid'].get('loss') or float('nan'):.3f}; {', '.join(said)}"
 
-# %% ../nbs/39_training.ipynb #f30f65bd
+# %% ../nbs/39_training.ipynb #ed76883b
 def _folder(c):
     "A folder of its own for a run"
     out, stem = Path(c.out), c.name or f'{c.mode}-{Path(c.data).name.removeprefix("hf:")}-{c.encoder.split("_patch")[0]}'
@@ -513,7 +541,7 @@ def train(c:Config=None, # what to do
         c = settle(c.but(**device))
         folder = same_for_all(_folder(c)) if several else _folder(c)
         Run.free(folder)
-        if several and c.download: # one at a time
+        if several and getattr(c, 'download', False): # one at a time
             if not several['rank']: open_config_data(c)
             torch.distributed.barrier()
         learn = make_learner(c)
@@ -522,6 +550,9 @@ def train(c:Config=None, # what to do
         if not several.get('rank'): Run.create(folder, c.asdict(), report, learn.recipe.asdict())
         if several: torch.distributed.barrier()
         run = Run(folder)
+        if taken := getattr(learn, 'taken', None): # what came of the weights it starts from
+            if not several.get('rank'): run.log(taken)
+            if tell == 'console': print(taken, file=sys.stderr)
     recorder = RecordRun(run, resume=run.last.exists(), every=c.every, seed=c.seed) # else killed before its first state
     with ExitStack() as stack:
         if not resume and not several.get('rank'): stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
@@ -531,7 +562,7 @@ def train(c:Config=None, # what to do
         elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
         learn.fit_recipe(c.epochs, cbs=[recorder, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
     run.stopped = recorder.stop
-    if 'relations' in learn.model.tasks and not several.get('rank'): # the first process does the rest
+    if 'relations' in learn.model.tasks and isinstance(c, Config) and not several.get('rank'): # the first process does the rest
         write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
         plt.close()
     if several: torch.distributed.barrier()
@@ -560,7 +591,7 @@ def show_learnt(learn, i=0 # which validation image
     show_relations(found.cpu(), axs[2], f'predicted: {(found == truth).float().mean():.0%} right')
     return fig
 
-# %% ../nbs/39_training.ipynb #ed76883b
+# %% ../nbs/39_training.ipynb #45d94502
 def load_model(run, # `Run` or its folder
                weights='last') -> RelViT: # or 'best', of the epoch that was best on the held-out part
     "The model of a run, ready to use; `.vocab` names its classes. Raises FileNotFoundError where it saved none yet"
@@ -568,13 +599,18 @@ def load_model(run, # `Run` or its folder
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path, c = getattr(run, weights), config_of(run)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    vocab, encoder = run.data['classes'], load_encoder(path)
+    model = empty_model(c, load_encoder(path), run.data['classes'])
+    load(path, model)
+    model.vocab, model.fit = run.data['classes'], run.data['fit'] # so that an export says it
+    return model.eval()
+
+@singledispatch
+def empty_model(c:Config, encoder, vocab:list):
+    "The model that a configuration trains, around an encoder"
     if isinstance(c, Finetune): tasks = [Classification(len(vocab), c.pool)]
     else: tasks = config_tasks(c)
     model = RelViT(encoder, tasks, getattr(c, 'pos_embed', False) or getattr(c, 'leak', None) == 'paper',
                    (c.mega, c.mega) if getattr(c, 'mega', None) else None, len(vocab), getattr(c, 'add_cls', False))
     if 'labels' in model.tasks and isinstance(c, Joint) and c.pool and c.pool != model.tasks['labels'].head.pool:
         model.tasks['labels'] = Classification(len(vocab), c.pool).setup(encoder, model.grid)
-    load(path, model)
-    model.vocab, model.fit = vocab, run.data['fit'] # so that an export says it
-    return model.eval()
+    return model
