@@ -25,8 +25,8 @@ from .views import MultiCrop
 from . import dino, moco, selfpatch, sere # noqa: F401 whose tasks are then known by name
 
 # %% auto #0
-__all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 'pretrain_learner', 'FreezeEncoder',
-           'finetune_learner', 'joint_learner']
+__all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 'optimised', 'patch_callbacks', 'mega_grid',
+           'pretrain_learner', 'FreezeEncoder', 'finetune_learner', 'joint_learner']
 
 # %% ../nbs/35_learner.ipynb #764b8fd9
 class AdamW(torch.optim.AdamW):
@@ -88,7 +88,7 @@ def make_encoder(encoder, # `TokenEncoder`, timm model, or name of one
     return TokenEncoder(encoder, mean=getattr(dls, 'mean', None), std=getattr(dls, 'std', None), **kwargs)
 
 # %% ../nbs/35_learner.ipynb #86141d53
-def _optimised(recipe):
+def optimised(recipe):
     "Optimiser and groups of parameters, as a Learner takes them"
     return dict(opt_func=partial(OptimWrapper, opt=partial(AdamW, betas=recipe.betas, decay_all=recipe.decay_all,
                                                              decay_embeddings=recipe.decay_embeddings)),
@@ -121,7 +121,7 @@ def _learner(dls, model, recipe, amp, cbs, **kwargs):
     cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if not own(cb)], PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
     if 'labels' in model.tasks: cbs += _label_callbacks(recipe, dls)
     learn = Learner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs,
-                    **_optimised(recipe), **kwargs)
+                    **optimised(recipe), **kwargs)
     learn.recipe = recipe
     return learn
 
@@ -137,7 +137,7 @@ def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
         raise ValueError(f'{recipe.name} differs in {", ".join(more)}, which the Learner was built with: give it there, as recipe={recipe.name!r}')
     if recipe != self.recipe or self.opt is None: # another recipe means another optimiser
         self.recipe = recipe
-        for k, v in _optimised(recipe).items(): setattr(self, k, v)
+        for k, v in optimised(recipe).items(): setattr(self, k, v)
         self.create_opt()
     below = range(len(self.opt.hypers) - 1, -1, -1)
     n_epoch = n_epoch or recipe.epochs
@@ -148,7 +148,7 @@ def fit_recipe(self:Learner, n_epoch:int=None, # the recipe's if None
     self.fit(n_epoch, lr=recipe.lr, wd=recipe.wd, cbs=L(cbs) + [ParamScheduler(plan)] + clip)
 
 # %% ../nbs/35_learner.ipynb #5bebdf82
-def _patch_callbacks(encoder, mega, augment, permute, recipe):
+def patch_callbacks(encoder, mega, augment, permute, recipe):
     "The callbacks that change patches, as asked for"
     if permute is None: permute = not encoder.is_vit if recipe.permute is None else recipe.permute
     if mega: mega = dict(same_cuts=recipe.same_cuts, antialias=recipe.antialias) | (mega if isinstance(mega, dict) else dict(side=mega))
@@ -159,7 +159,7 @@ def _patch_callbacks(encoder, mega, augment, permute, recipe):
     return [*([MegaPatches(**mega)] if mega else []), *([AugmentPatches(augment)] if augment else []),
             *([PermutePatches()] if permute else [])]
 
-def _mega_grid(mega, encoder):
+def mega_grid(mega, encoder):
     "(rows,columns) of mega-patches. Raises ValueError where the encoder's grid has fewer"
     if not mega: return None
     grid = pair(mega['side'] if isinstance(mega, dict) else mega)
@@ -185,11 +185,11 @@ def pretrain_learner(dls, # fastai `DataLoaders` of images, uint8 or in [0,1]; l
     if seed is not None: torch.manual_seed(seed)
     recipe = get_recipe(recipe)
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed, _mega_grid(mega, encoder), add_cls=add_cls)
+    model = RelViT(encoder, tasks, pos_embed, mega_grid(mega, encoder), add_cls=add_cls)
     related = any(t.view == 'patches' for t in model.tasks.values())
     said = [k for k, v in dict(mega=mega, permute=permute, pos_embed=pos_embed, add_cls=add_cls).items() if v]
     if said and not related: raise ValueError(f'{", ".join(said)}: for relations of patches, and no task here asks about them')
-    changes = _patch_callbacks(encoder, mega, augment, permute, recipe) if related else []
+    changes = patch_callbacks(encoder, mega, augment, permute, recipe) if related else []
     return _learner(dls, model, recipe, amp, changes + L(cbs), path=path)
 
 # %% ../nbs/35_learner.ipynb #360ba392
@@ -242,9 +242,9 @@ def joint_learner(dls, encoder, tasks=('relations', 'positions', 'labels'), # se
         if not built: tasks['labels'].smoothing, tasks['labels'].zero = recipe.smoothing, recipe.zero_head
         if pool: tasks['labels'].pool = pool
     encoder = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **kwargs)
-    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else _mega_grid(mega, encoder), add_cls=add_cls)
+    model = RelViT(encoder, tasks, pos_embed=leak == 'paper', grid=None if leak else mega_grid(mega, encoder), add_cls=add_cls)
     related = any(t.view == 'patches' for t in model.tasks.values())
-    views = _patch_callbacks(encoder, mega, augment, permute, recipe) if related and not leak else []
+    views = patch_callbacks(encoder, mega, augment, permute, recipe) if related and not leak else []
     return _learner(dls, model, recipe, amp, views + L(cbs), path=path)
 
 # %% ../nbs/35_learner.ipynb #f2f24db9

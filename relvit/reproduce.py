@@ -15,7 +15,8 @@ from .runs import Run, provenance
 from .training import Finetune, Joint, Pretrain, change_recipe, settle, train
 
 # %% auto #0
-__all__ = ['TABLE1', 'METHODS', 'PLACES', 'FLOOR', 'Row', 'Method', 'Reproduction', 'reproduce', 'compare_rows']
+__all__ = ['TABLE1', 'METHODS', 'PLACES', 'FLOOR', 'Row', 'Method', 'known_as', 'Reproduction', 'stage', 'reproduce',
+           'compare_rows']
 
 # %% ../nbs/63_reproduce.ipynb #b55ab361
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ METHODS = dict({
     'layer-decay': Method('RelViT, finetuned with a layer-wise learning rate (decay .65)', (('pretrain', {}, 1), ('finetune', dict(recipe_args=('layer_decay=.65',)), 1))),
 }, **{f'mega-{m}': _relvit(f'RelViT on {m} x {m} mega-patches', mega=m) for m in (3, 4, 5, 6)})
 
-def _known(what, name, of):
+def known_as(what, name, of):
     if name in of: return of[name]
     near = difflib.get_close_matches(name, of, 1)
     raise ValueError(f'no {what} is called {name!r}; ' + (f'did you mean {near[0]!r}?' if near else f'there are {", ".join(of)}'))
@@ -96,7 +97,7 @@ class Reproduction:
     results:Path = Path('results/table1') # folder of the figures
 
     def __post_init__(self):
-        _known('row of Table 1', self.row, TABLE1), _known('method', self.method, METHODS), self.whole
+        known_as('row of Table 1', self.row, TABLE1), known_as('method', self.method, METHODS), self.whole
 
     @property
     def whole(self) -> Recipe: return change_recipe(self.recipe, self.recipe_args)
@@ -129,7 +130,7 @@ class Reproduction:
 # %% ../nbs/63_reproduce.ipynb #b730b0d8
 PLACES = 'root out init device hold workers download track compile every'.split() # what may differ between two goes at one run
 
-def _stage(c, tell):
+def stage(c, tell):
     "Train, go on, or take what is there. Raises ValueError where that is something else"
     path = Path(c.out)/c.name
     if not (path/'config.json').is_file(): return train(c, tell=tell)
@@ -150,7 +151,7 @@ def reproduce(r:Reproduction, # what to do
     "Train a row of Table 1 and report it on the test set. Stopped, it goes on where it was when called again"
     row, method, recipe, runs, first = TABLE1[r.row], METHODS[r.method], r.whole, [], not together().get('rank')
     for c in r.configs():
-        runs.append(_stage(c, tell))
+        runs.append(stage(c, tell))
         if not runs[-1].summary: return {} # stopped
     e = evaluate(runs[-1], weights='best' if recipe.splits == 'reference' else 'last', keep=first)
     seen, full = 0, 0

@@ -33,8 +33,9 @@ from .tokens import TokenEncoder
 # %% auto #0
 __all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Settings',
            'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at',
-           'usable', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of', 'make_learner', 'Plan',
-           'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model', 'empty_model']
+           'usable', 'start_file', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
+           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model',
+           'empty_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
@@ -322,7 +323,7 @@ def usable(device:str) -> bool: # name, or None
     try: return torch.empty(0, device=device or 'cpu') is not None
     except (RuntimeError, AssertionError): return False
 
-def _weights(init):
+def start_file(init):
     "The file that a run starts from. Raises FileNotFoundError where there is none"
     path = Run(init).last if Path(init).is_dir() else Path(init)
     if not path.is_file(): raise FileNotFoundError(f'there is no {path} to start from')
@@ -337,7 +338,7 @@ def settle_fit(c:Fit) -> Fit:
     c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k, None))})
     r = config_recipe(c)
     c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
-    held = encoder_config(_weights(c.init)) if c.init else {}
+    held = encoder_config(start_file(c.init)) if c.init else {}
     if not held: return c.but(encoder=c.encoder or ENCODER)
     if c.encoder not in (None, held['name']): raise ValueError(f'init holds a {held["name"]}, not a {c.encoder}; leave encoder out')
     ours = 'name', 'img_size', 'p', 'pos_embed', 'cls', 'pos_std', 'mean', 'std', 'in_chans', 'drop_path_rate', 'attn_mask'
@@ -378,7 +379,7 @@ def recipe_of(run) -> Recipe:
 def _start(c, splits, dls, recipe):
     "The encoder that a run starts with"
     more = dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
-    if c.init and (held := encoder_config(path := _weights(c.init))):
+    if c.init and (held := encoder_config(path := start_file(c.init))):
         if 'drop_path_rate' in held: more = dict(drop_path_rate=recipe.drop_path) # of this run, not of that one
         encoder = load_encoder(path, img_size=splits.img_size, attn_mask=parse_args(c.encoder_args).get('attn_mask'), **more)
         if encoder.in_chans != dls.channels:
@@ -386,7 +387,8 @@ def _start(c, splits, dls, recipe):
         return encoder
     args = more | parse_args(c.encoder_args)
     p = {} if c.p is None and 'patch' not in c.encoder and not c.encoder.startswith('vit') else dict(p=splits.p)
-    encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=c.pos_std, mean=dls.mean, std=dls.std,
+    std = None if c.pos_std == .02 and not c.encoder.startswith(('vit', 'deit')) else c.pos_std # others have no embedding to start anew
+    encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=std, mean=dls.mean, std=dls.std,
                            **({'in_chans': dls.channels} if dls.channels != 3 else {}), **p, **args)
     if c.init: load(path, encoder)
     return encoder
@@ -599,14 +601,15 @@ def load_model(run, # `Run` or its folder
     if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
     path, c = getattr(run, weights), config_of(run)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    model = empty_model(c, load_encoder(path), run.data['classes'])
+    model = empty_model(c, load_encoder(path), run.data)
     load(path, model)
     model.vocab, model.fit = run.data['classes'], run.data['fit'] # so that an export says it
     return model.eval()
 
 @singledispatch
-def empty_model(c:Config, encoder, vocab:list):
+def empty_model(c:Config, encoder, data:dict): # of `Run.data`
     "The model that a configuration trains, around an encoder"
+    vocab = data['classes']
     if isinstance(c, Finetune): tasks = [Classification(len(vocab), c.pool)]
     else: tasks = config_tasks(c)
     model = RelViT(encoder, tasks, getattr(c, 'pos_embed', False) or getattr(c, 'leak', None) == 'paper',
