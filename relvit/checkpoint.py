@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from . import __version__
+from . import __version__, t2t # noqa: F401 whose models timm then knows by name
 from .tasks import RelViT, bare
 from .tokens import TokenEncoder
 

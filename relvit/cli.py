@@ -22,23 +22,26 @@ def _options(argv):
     early.add_argument('--config')
     early.add_argument('--resume')
     early.add_argument('--dry-run', action='store_true')
-    early.add_argument('--init')
+    early.add_argument('--init', '--from')
     return early.parse_known_args(argv)
 
 def _run(name):
     "A run folder, or the name of one in `runs`"
     from relvit.runs import Run
     there = Path('runs')/name
-    return Run(there if (there/'config.json').is_file() and not (Path(name)/'config.json').is_file() else name)
+    run = Run(there if (there/'config.json').is_file() and not (Path(name)/'config.json').is_file() else name)
+    if run.config.get('mode') == 'detect': import relvit.detection # noqa: F401 so that its mode is known
+    return run
 
 MORE = """
 --config FILE reads options from YAML, and options given here override it.
---init RUN starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said.
+--init RUN, or --from RUN, starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said.
 --dry-run shows what would be run: data, token grid, parameters, memory, time.
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
 def _train(mode, argv):
     from relvit.training import MODES, config_of, plan, train
+    if mode == 'detect': import relvit.detection # noqa: F401 which adds its mode
     kind, (early, rest) = MODES[mode], _options(argv)
     if early.resume:
         other = rest + [f'--{k.replace("_", "-")}' for k in ('config', 'init', 'dry_run') if getattr(early, k)]
@@ -78,7 +81,7 @@ def _tell(run, mode):
 def _show(value, plain): print(value if sys.stdout.isatty() else json.dumps(plain))
 
 def _evaluate(run:Positional[Path], part:Literal['test', 'valid']='test', weights:Literal['last', 'best']='last', most:int=5000):
-    """Scores of a run on the part it is reported on, beside what guessing, pixels and a random encoder are worth.
+    """Scores of a run on the part it is reported on, beside what guessing, pixels and a random encoder are worth; of a detector, average precision.
 
     Args:
         run: run folder
@@ -87,24 +90,31 @@ def _evaluate(run:Positional[Path], part:Literal['test', 'valid']='test', weight
         most: labelled training images for what stands beside
     """
     from relvit.evaluation import evaluate
-    e = evaluate(_run(run), part, weights, most)
+    if (run := _run(run)).config.get('mode') == 'detect': from relvit.detection import evaluate_detector as evaluate
+    e = evaluate(run, part, weights, most)
     _show(e, e.asdict())
 
-def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|None=None, weights:Literal['last', 'best']='last'):
-    """Labels for new images, as CSV.
+def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|None=None, weights:Literal['last', 'best']='last',
+             threshold:float=.5):
+    """Labels for new images, or boxes if the run trained a detector, as CSV.
 
     Args:
-        run: run folder, of finetune or joint
+        run: run folder, of finetune, joint or detect
         files: images, and folders of them
         out: CSV file; the screen if not given
         weights: last epoch, or the best on the held-out part
+        threshold: lowest score of a box
     """
+    from functools import partial
     from relvit.checkpoint import write_whole
     from relvit.evaluation import predict
-    table = predict(_run(run), list(files), weights)
+    if (run := _run(run)).config.get('mode') == 'detect':
+        from relvit.detection import detect_files
+        predict = partial(detect_files, threshold=threshold)
+    table = predict(run, list(files), weights)
     if out is None: print(table.to_csv(index=False), end='')
     else: write_whole(out, lambda f: table.to_csv(f, index=False))
-    print(f'{len(table)} images{f" in {out}" if out else ""}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
+    print(f'{table.file.nunique()} images{f" in {out}" if out else ""}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
 
 def _export(run:Positional[Path], out:Positional[Path], weights:Literal['last', 'best']='last'):
     """Weights that timm loads, and the arguments of timm.create_model beside them.
@@ -158,8 +168,9 @@ def _reproduce(argv):
     "A row of a paper's table by one method with one seed"
     from relvit.reproduce import METHODS, TABLE1, Reproduction, reproduce
     tables, rest = [a for a in argv[:1] if not a.startswith('-')], argv
+    if tables and tables[0] in ('table2', 'table3'): return _transfer(tables[0], argv[1:])
     if tables:
-        if tables != ['table1']: raise ValueError(f'no table is called {tables[0]!r}; there is table1')
+        if tables != ['table1']: raise ValueError(f'no table is called {tables[0]!r}; there are table1, table2 and table3')
         rest = argv[1:]
     elif not argv: raise ValueError('say which table: relvit reproduce table1 --row cifar10 --method relvit')
     wide = lambda d: '\n'.join(f'  {n:<16}{v.says}' for n, v in d.items())
@@ -170,6 +181,16 @@ def _reproduce(argv):
     if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
     _show(f"{record['row']}, {record['says']}: {100*record['accuracy']:.2f} % on {record['part']}; "
           f"{100*record['seen']/record['full']:.2g} % of a whole run", record)
+
+def _transfer(table, argv):
+    "A row of the extension's tables of detection"
+    from relvit.transfer import TABLES, Transfer, transfer
+    rows = '\n'.join(f'  {n:<8}{r.says}' for n, r in TABLES[table].items())
+    kind = Transfer.of(table)
+    said = f'{"".join(kind.__doc__)}\n\nrows\n{rows}'
+    record = transfer(tyro.cli(kind, prog=f'relvit reproduce {table}', args=argv, description=said), tell='console')
+    if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
+    _show(record.pop('text'), record)
 
 def _table(folder:Positional[Path]=Path('results/table1')):
     """Recorded runs beside the paper's numbers, and how far each of them went.
@@ -182,7 +203,7 @@ def _table(folder:Positional[Path]=Path('results/table1')):
     print(table.to_string(index=False) if sys.stdout.isatty() else table.to_json(orient='records'))
 
 # %% ../nbs/69_cli.ipynb #c1434a12
-EXTRAS = dict(accelerate='several devices', tensorboard='curves elsewhere', datasets="Hugging Face data sets (data 'hf:...')", webdataset='shards of images', jupyterlab='notebooks', anywidget='widgets')
+EXTRAS = dict(accelerate='several devices', tensorboard='curves elsewhere', datasets="Hugging Face data sets (data 'hf:...')", pycocotools='average precision and masks of detection', h5py="boxes of SVHN's full numbers", webdataset='shards of images', jupyterlab='notebooks', anywidget='widgets')
 
 def _doctor():
     """What this machine has, what is missing, and how to get it."""
@@ -231,12 +252,13 @@ COMMANDS = dict( # name: (what it does, function of the rest of the line)
     pretrain=('pretrain an encoder on relations of patches; no label is looked at', partial(_train, 'pretrain')),
     finetune=('train an encoder on labels, from a pretrained one or from scratch', partial(_train, 'finetune')),
     joint=('train on labels and relations at once', partial(_train, 'joint')),
+    detect=('train a detector on boxes and masks, from a pretrained encoder or from scratch', partial(_train, 'detect')),
     evaluate=('score a run, beside what guessing, pixels and a random encoder are worth', _typed(_evaluate, 'evaluate')),
     predict=('label new images', _typed(_predict, 'predict')),
     export=('weights as a plain timm checkpoint', _typed(_export, 'export')),
     runs=('list runs, or compare them', _typed(_runs, 'runs')),
     recipes=('list the recipes, or show one', _typed(_recipes, 'recipes')),
-    reproduce=("train a row of RelViT's Table 1", _reproduce),
+    reproduce=("train a row of RelViT's Tables 1, 2 and 3", _reproduce),
     table=("recorded runs beside the paper's numbers", _typed(_table, 'table')),
     demo=('the whole story on handwritten digits, in three minutes', _demo),
     doctor=('what this machine has, what is missing, and how to get it', _typed(_doctor, 'doctor')),

@@ -19,7 +19,7 @@ from .tokens import TokenEncoder
 from .training import config_of, load_model, make_learner, open_config_data, recipe_of, usable
 
 # %% auto #0
-__all__ = ['Evaluation', 'evaluate', 'predict']
+__all__ = ['Evaluation', 'evaluate', 'image_paths', 'predict']
 
 # %% ../nbs/46_evaluation.ipynb #8a7542f1
 @dataclass
@@ -114,6 +114,15 @@ def evaluate(run, # `Run` or its folder
     return e
 
 # %% ../nbs/46_evaluation.ipynb #6be31ded
+def image_paths(files # a path, or several, of images and of folders of them
+               ) -> list[Path]:
+    "All images that are meant. Raises FileNotFoundError for what is not there, ValueError where there is none"
+    named = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+    if gone := [str(f) for f in named if not f.exists()]: raise FileNotFoundError(f'not there: {", ".join(gone[:5])}')
+    files = [f for n in named for f in (sorted(get_image_files(n)) if n.is_dir() else [n])]
+    if not files: raise ValueError('there are no images to look at')
+    return files
+
 @torch.no_grad()
 def predict(run, # `Run` or its folder
             files, # paths of images and of folders of them
@@ -121,10 +130,8 @@ def predict(run, # `Run` or its folder
     "Labels for new images. Raises ValueError for a run that learnt no labels, FileNotFoundError for a file that is not there"
     run, model = run if isinstance(run, Run) else Run(run), load_model(run, weights)
     if 'labels' not in model.tasks: raise ValueError(f'{run.path} learnt no labels: finetune a run that starts with it first')
-    named, d, rows = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)], run.data, []
-    if gone := [str(f) for f in named if not f.exists()]: raise FileNotFoundError(f'not there: {", ".join(gone[:5])}')
-    files, size = [f for n in named for f in (sorted(get_image_files(n)) if n.is_dir() else [n])], d['img_size']
-    if not files: raise ValueError('there are no images to label')
+    d, rows, files = run.data, [], image_paths(files)
+    size = d['img_size']
     for chunk in (files[i:i + bs] for i in range(0, len(files), bs)):
         good, x, why = [], [], {}
         for f in chunk:

@@ -22,7 +22,7 @@ from .recipes import get_recipe
 from .tasks import Classification, RelViT, bare, make_tasks
 from .tokens import TokenEncoder
 from .views import MultiCrop
-from . import dino, moco, selfpatch, sere # noqa: F401 whose tasks are then known by name
+from . import dino, moco, selfpatch, sere, t2t # noqa: F401 whose tasks and models are then known by name
 
 # %% auto #0
 __all__ = ['FITTED', 'AdamW', 'split_parameters', 'encoder_of', 'make_encoder', 'optimised', 'patch_callbacks', 'mega_grid',

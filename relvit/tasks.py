@@ -367,12 +367,13 @@ def forward(self:RelViT, x:Tensor, # (b,c,H,W) images
     images, done, logits = dict(image=x, patches=x if patches is None else patches), {}, {}
     self._taught = {} # the last batch's may be large
     answers, self._taught = self._look_at(views)
-    for name, (view, seen) in self.passes().items():
+    for name, (view, _) in self.passes().items():
         if view == 'views':
             if name in answers: logits[name] = answers[name]
             continue
-        key = id(images[view]), seen
-        if key not in done: done[key] = self.encoder(images[view], pos_embed=seen)
+        asked = self.pos_embed if view == 'patches' else None # T2T-ViT can do without its embedding, and yet see places
+        key = id(images[view]), self.encoder.adds_positions(asked)
+        if key not in done: done[key] = self.encoder(images[view], pos_embed=asked)
         tokens, task = done[key], self.tasks[name]
         if view == 'patches':
             self.grid = tokens.grid

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib, math, timm, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
-from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint_seq, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn, Tensor
@@ -23,7 +23,7 @@ class Tokens:
     "What a backbone makes of a batch of images"
     cls:Tensor|None # (b,d) class token after the last norm, None if there is none
     patches:Tensor # (b,n,d) patch tokens after the last norm, row-major
-    prenorm:Tensor # (b,n,d) patch tokens before it
+    prenorm:Tensor # (b,n,d) patch tokens before it; where tokens are pooled, each of the two is pooled by itself
     grid:tuple[int, int] # (h,w), n = h*w
 
     def __repr__(self):
@@ -37,7 +37,7 @@ class TokenEncoder(nn.Module):
     def __init__(self,
                  name_or_model='vit_small_patch16_224', # name of a timm model, or the model itself
                  img_size=None, # pixels, int or (H,W); the model's own if None
-                 p=None, # side in pixels of what one token covers; the model's own if None
+                 p=None, # side in pixels of what one token covers; the model's own if None; T2T-ViT: 32 (pooled) or 16
                  pos_embed=True, # True (learnt), False (there, but off until asked for), or 'sincos' (fixed)
                  cls=True, # with a class token, where the backbone can have one
                  pos_std=None, # initial spread of the embedding; None: .02 if learnt, the waves as they are
@@ -61,15 +61,19 @@ class TokenEncoder(nn.Module):
 # %% ../nbs/10_tokens.ipynb #f7f8cfaa
 def _create(name, img_size, p, cls, kwargs):
     "A timm model without a classifier that takes images of changing size"
+    vit, t2t = name.startswith(('vit_', 'deit_', 'deit3_')), name.startswith('t2t_')
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise ValueError(f'timm has no model {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+        hint = f'; did you mean {" or ".join(near)}?' if near else ''
+        if t2t and not timm.is_model('t2t_vit_14'): hint = ' before the page that has it is imported: import relvit.t2t'
+        raise ValueError(f'timm has no model {name!r}{hint}')
     kwargs = dict(num_classes=0, **kwargs) | ({} if img_size is None else dict(img_size=img_size))
-    if name.startswith(('vit_', 'deit_', 'deit3_')):
+    if vit:
         kwargs = dict(dynamic_img_size=True, **kwargs)
         if p is not None: kwargs['patch_size'] = p
-        if not cls: kwargs |= dict(class_token=False, global_pool='', fc_norm=False)
     elif name.startswith('swin_'): kwargs = dict(strict_img_size=False, **kwargs)
+    elif t2t and p == 16: kwargs['token_pool'] = False
+    if not cls and (vit or t2t): kwargs |= dict(class_token=False, global_pool='', fc_norm=False)
     try:
         try: return timm.create_model(name, **kwargs)
         except TypeError as e: # a convolutional network takes any image and no size
@@ -85,10 +89,13 @@ def _create(name, img_size, p, cls, kwargs):
 def _measure(self:TokenEncoder, img_size, p):
     "Find out `dim`, `grid`, `p` and the image size"
     m = self.model
-    self.is_vit = isinstance(m, VisionTransformer)
+    self.isotropic = isinstance(m, VisionTransformer)
+    self.is_vit = self.isotropic and isinstance(m.patch_embed, PatchEmbed)
     own = getattr(getattr(m, 'patch_embed', None), 'img_size', None)
     size = pair(img_size or own or m.default_cfg['input_size'][1:])
-    if self.is_vit: side, self.dim = m.patch_embed.patch_size, m.embed_dim
+    if self.isotropic:
+        pooled = pair(self.pool.stride) if self.pool else (1, 1)
+        side, self.dim = tuple(r*s for r, s in zip(pair(m.patch_embed.feat_ratio(as_scalar=False)), pooled)), m.embed_dim
     else:
         black = torch.zeros(1, self.in_chans, *size, device=next(m.parameters()).device)
         tokens = _look(self, black)
@@ -98,6 +105,11 @@ def _measure(self:TokenEncoder, img_size, p):
                          f'p={p} is not possible, leave it out')
     self.grid, self.img_size = grid_of(size, side), size
     self.p = side[0] if side[0] == side[1] else tuple(side)
+
+@patch(as_prop=True)
+def pool(self:TokenEncoder):
+    "What makes fewer tokens of the last map, None where nothing does"
+    return getattr(self.model, 'token_pool', None)
 
 @patch(as_prop=True)
 def has_cls(self:TokenEncoder):
@@ -113,7 +125,7 @@ def heads(self:TokenEncoder):
 @patch(as_prop=True)
 def in_chans(self:TokenEncoder):
     "Colour channels that the backbone expects"
-    return next(w.shape[1] for w in self.model.parameters() if w.ndim == 4)
+    return getattr(self.model, 'in_chans', None) or next(w.shape[1] for w in self.model.parameters() if w.ndim == 4)
 
 # %% ../nbs/10_tokens.ipynb #6dd3c0f5
 @torch.no_grad()
@@ -150,9 +162,16 @@ def _embed(self:TokenEncoder, x, pos_embed):
 
 @patch
 def _norm(self:TokenEncoder, x, grid):
-    "Last block's output to `Tokens`"
+    "Output of a block to `Tokens`"
     y, first = self.model.norm(x), self.model.num_prefix_tokens
     return Tokens(y[:, 0] if self.has_cls else None, y[:, first:], x[:, first:], grid)
+
+@patch
+def _pooled(self:TokenEncoder, t):
+    "`Tokens`, as few as the backbone wants them"
+    if self.pool is None: return t
+    normed, before = (self.pool(x.mT.unflatten(2, t.grid)) for x in (t.patches, t.prenorm))
+    return Tokens(t.cls, normed.flatten(2).mT, before.flatten(2).mT, tuple(normed.shape[2:]))
 
 # %% ../nbs/10_tokens.ipynb #8fc38bf1
 def _flat(x, fmt, prefix):
@@ -163,7 +182,7 @@ def _flat(x, fmt, prefix):
 
 @patch
 def _any(self:TokenEncoder, x):
-    "Tokens of a backbone that is no plain ViT"
+    "Tokens of a hierarchy, or of a convolutional network"
     m, caught = self.model, []
     norm, size = getattr(m, 'norm', None), x.shape[-2:]
     hook = norm.register_forward_pre_hook(lambda _, a: caught.append(a[0])) if isinstance(norm, nn.Module) else None
@@ -187,6 +206,12 @@ def prepare(self:TokenEncoder, x:Tensor # (b,c,H,W) uint8 or float in [0,1]
     return (x - self.mean)/self.std
 
 @patch
+def adds_positions(self:TokenEncoder, pos_embed:bool=None # as it would be given to `forward`
+                  ) -> bool:
+    "Whether a pass adds the positional embedding; True where nothing can be switched"
+    return not self.isotropic or bool(self.pos_embed if pos_embed is None else pos_embed)
+
+@patch
 def _steps(self:TokenEncoder, x):
     "What each block makes of (b,N,d), one after the other"
     args = {}
@@ -204,11 +229,11 @@ def forward(self:TokenEncoder, x:Tensor, # (b,c,H,W) images, uint8 or float in [
            ) -> Tokens:
     "Tokens of a batch of images, of any size that the backbone can take"
     x = self.prepare(x)
-    if not self.is_vit: return self._any(x)
-    x, grid = self._embed(x, self.pos_embed if pos_embed is None else pos_embed)
+    if not self.isotropic: return self._any(x)
+    x, grid = self._embed(x, self.adds_positions(pos_embed))
     m = self.model
     if self.attn_mask: return self._norm([*self._steps(x)][-1], grid)
-    return self._norm(checkpoint_seq(m.blocks, x) if m.grad_checkpointing and self.training else m.blocks(x), grid)
+    return self._pooled(self._norm(checkpoint_seq(m.blocks, x) if m.grad_checkpointing and self.training else m.blocks(x), grid))
 
 # %% ../nbs/10_tokens.ipynb #663a5ff4
 @patch
@@ -216,16 +241,16 @@ def __repr__(self:TokenEncoder):
     name, (h, w) = self.config['name'] or type(self.model).__name__, self.grid
     return (f'TokenEncoder({name}: {self.img_size[0]} x {self.img_size[1]} px, p {self.p}, grid {h} x {w}, '
             f'd {self.dim}, {sum(q.numel() for q in self.model.parameters())/1e6:.2f} M parameters, '
-            f"positions {'fixed' if not self.is_vit else 'on' if self.pos_embed else 'off'})")
+            f"positions {'fixed' if not self.isotropic else 'on' if self.pos_embed else 'off'})")
 
 # %% ../nbs/10_tokens.ipynb #489f3aad
 @patch
 def sees_positions(self:TokenEncoder, pos_embed:bool=None # as it would be given to `forward`
                   ) -> bool:
-    "Whether a pass knows where its tokens lie: a ViT with its embedding on, any other backbone always"
-    return not self.is_vit or bool(self.pos_embed if pos_embed is None else pos_embed)
+    "Whether a pass can know where its tokens lie: a ViT with its embedding on, any other backbone always"
+    return not self.is_vit or self.adds_positions(pos_embed)
 
-# %% ../nbs/10_tokens.ipynb #82e27b28
+# %% ../nbs/10_tokens.ipynb #e41e3ede
 @patch
 def _init_positions(self:TokenEncoder, sincos, std):
     "Start the positional embedding anew"
@@ -237,7 +262,7 @@ def _init_positions(self:TokenEncoder, sincos, std):
     w.data.zero_()[0, -len(waves):] = waves if std is None else waves*std/waves.std()
     w.requires_grad_(False)
 
-# %% ../nbs/10_tokens.ipynb #658c2718
+# %% ../nbs/10_tokens.ipynb #c99d2998
 @patch
 def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding of another grid
                       grid=None # (h,w) that it belongs to; square if None
@@ -250,7 +275,7 @@ def resized_positions(self:TokenEncoder, w:Tensor, # (1,prefix+h*w,d) embedding 
         raise ValueError(f'an embedding of shape {tuple(w.shape)} does not fit {self!r}')
     return resample_abs_pos_embed(w, list(self.grid), list(grid), num_prefix_tokens=prefix)
 
-# %% ../nbs/10_tokens.ipynb #b99cebc3
+# %% ../nbs/10_tokens.ipynb #f00d8bae
 @patch
 def resize(self:TokenEncoder, img_size # pixels, int or (H,W)
           ) -> TokenEncoder: # itself
@@ -260,25 +285,25 @@ def resize(self:TokenEncoder, img_size # pixels, int or (H,W)
     self._measure(img_size, None)
     return self
 
-# %% ../nbs/10_tokens.ipynb #03e15547
+# %% ../nbs/10_tokens.ipynb #2c789052
 @patch
 def features(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
-             layers=(-1,), # blocks of a ViT, stages of a hierarchy; negative counts from the last
+             layers=(-1,), # blocks of a ViT or T2T-ViT, stages of a hierarchy; negative counts from the last
              pos_embed:bool=None # see `forward`
             ) -> list[Tokens]:
     "Tokens after each of `layers`, in the order of the network; those of a hierarchy are not normed"
     x, m = self.prepare(x), self.model
-    if not self.is_vit:
+    if not self.isotropic:
         maps = m.forward_intermediates(x, indices=list(layers), intermediates_only=True)
         flat = [_flat(f, 'NCHW', 0) for f in maps]
         return [Tokens(None, f, f, grid) for f, grid in flat]
-    x, grid = self._embed(x, self.pos_embed if pos_embed is None else pos_embed)
+    x, grid = self._embed(x, self.adds_positions(pos_embed))
     wanted, out = {i % len(m.blocks) for i in layers}, []
     for i, x in enumerate(self._steps(x)):
         if i in wanted: out.append(self._norm(x, grid))
     return out
 
-# %% ../nbs/10_tokens.ipynb #2c789052
+# %% ../nbs/10_tokens.ipynb #31300f90
 @contextmanager
 def _attention_caught(model, caught):
     "While open, every attention of `model` writes its weights into `caught`"
@@ -300,7 +325,7 @@ def attention(self:TokenEncoder, x:Tensor, # (b,c,H,W) images
     if not caught: raise RuntimeError(f'{type(self.model).__name__} has no attention that could be caught')
     return caught
 
-# %% ../nbs/10_tokens.ipynb #e16fb238
+# %% ../nbs/10_tokens.ipynb #12bb2f82
 @patch
 def attention_places(self:TokenEncoder) -> list[tuple]: # one ((h,w), (windows,tokens) ids of patches, -1 = padding; None = all) a block
     "Where the rows of each map of `attention` lie"
@@ -311,9 +336,10 @@ def attention_places(self:TokenEncoder) -> list[tuple]: # one ((h,w), (windows,t
             ids = torch.arange(h*w).reshape(1, 1, h, w).roll((-m.shift_size[0], -m.shift_size[1]), (2, 3))
             ids = torch.nn.functional.pad(ids, (0, -w % ww, 0, -h % wh), value=-1)
             places.append(((h, w), ids.unfold(2, wh, wh).unfold(3, ww, ww).reshape(-1, wh*ww)))
-    return places or [(self.grid, None)]*sum(hasattr(m, 'attn_drop') and hasattr(m, 'fused_attn') for m in self.model.modules())
+    grid = tuple(self.model.patch_embed.dynamic_feat_size(self.img_size)) if self.isotropic else self.grid
+    return places or [(grid, None)]*sum(hasattr(m, 'attn_drop') and hasattr(m, 'fused_attn') for m in self.model.modules())
 
-# %% ../nbs/10_tokens.ipynb #4e5ab9ad
+# %% ../nbs/10_tokens.ipynb #c88fd684
 @patch
 def layers(self:TokenEncoder) -> dict: # name of a parameter -> depth of its layer, 0 = the embedding of patches
     "Which parameter belongs to which layer, as timm counts them"

@@ -27,6 +27,7 @@ from .recipes import Recipe, get_recipe
 from .relations import spatial_relations
 from .runs import RecordRun, Run, tracker
 from .shards import Shards
+from .shapes import SHAPES # noqa: F401 scenes that are then a data set by name
 from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
@@ -53,7 +54,7 @@ def _in_words(hint):
     "A type as a person would say it"
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is Literal: return ' or '.join(map(repr, args))
-    if typing.get_origin(hint) is tuple: return 'a list of texts'
+    if typing.get_origin(hint) is tuple: return 'a list of ' + ('texts' if str in typing.get_args(hint) else 'numbers')
     if hint is tuple: return 'a list of numbers'
     return ' or '.join(map(_in_words, args)) or {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[hint]
 
@@ -150,7 +151,7 @@ class Settings:
                     f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(hints)}'))
             if isinstance(v, dict): v = [f'{a}={json.dumps(b)}' for a, b in v.items()] # as YAML would write depth: 4
             if typing.get_origin(hints[key]) is tuple and isinstance(v, str): v = v.split()
-            if isinstance(v, list): v = tuple(v) if int in typing.get_args(hints[key]) else tuple(map(str, v))
+            if isinstance(v, list): v = tuple(map(str, v)) if str in typing.get_args(hints[key]) or typing.get_origin(hints[key]) is not tuple else tuple(v)
             new[key] = _number(v) if float in (hints[key], *typing.get_args(hints[key])) else v
         return cls(**new)
 
