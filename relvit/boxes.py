@@ -237,14 +237,15 @@ def report(self:BoxSet) -> dict: # plain data, for the record of a run
 @patch
 def _words(self:BoxSet):
     r = self.report()
-    rest = [f'{r[k]:,} {k}' for k in ('crowds', 'difficult') if r[k]] + [f'{r["empty"]:,} images without any']*bool(r['empty'])
-    return f'{r["images"]:,} images, {r["objects"]:,} objects' + ' with masks'*r['masks'] + ''.join(f', {s}' for s in rest)
+    def many(k, word): return f'{r[k]:,} {word}{"s"*(r[k] != 1)}'
+    rest = [many('crowds', 'crowd')]*bool(r['crowds']) + [f'{r["difficult"]:,} difficult']*bool(r['difficult'])
+    rest += [many('empty', 'image') + ' without any']*bool(r['empty'])
+    return ', '.join([many('images', 'image'), many('objects', 'object') + ' with masks'*r['masks'], *rest])
 
 @patch
 def _notes(self:BoxSet):
     "Lines on what was mended"
-    lines = [f'{n:,} {k}' for k, n in self.report()['mended'].items()]
-    return lines + [f'{len(self.skipped):,} unreadable files left out']*bool(self.skipped)
+    return [f'{k}: {n:,}' for k, n in (self.report()['mended'] | {'unreadable files, left out': len(self.skipped)}).items() if n]
 
 @patch
 def __repr__(self:BoxSet):

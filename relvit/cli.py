@@ -186,11 +186,13 @@ def _transfer(table, argv):
     "A row of the extension's tables of detection"
     from relvit.transfer import TABLES, Transfer, transfer
     rows = '\n'.join(f'  {n:<8}{r.says}' for n, r in TABLES[table].items())
-    kind = Transfer.of(table)
-    said = f'{"".join(kind.__doc__)}\n\nrows\n{rows}'
-    record = transfer(tyro.cli(kind, prog=f'relvit reproduce {table}', args=argv, description=said), tell='console')
-    if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
-    _show(record.pop('text'), record)
+    said = f'RelViT, Tables 2 and 3: pretrain on the training images, train a detector on their boxes, report its average precision.\n\nrows of {table}\n{rows}'
+    t = tyro.cli(Transfer, prog=f'relvit reproduce {table}', args=['--table', table, *argv], description=said)
+    if not (record := transfer(t, tell='console')):
+        print('stopped, and saved. The same command goes on with it', file=sys.stderr)
+        return 130
+    printed = f"; printed: {record['printed'][0]}" if record['printed'] else ''
+    _show(f"{table}, {record['row']}: {100*record['scores']['map']:.2f} % average precision on {record['said']}{printed}", record)
 
 def _table(folder:Positional[Path]=Path('results/table1')):
     """Recorded runs beside the paper's numbers, and how far each of them went.
@@ -199,6 +201,7 @@ def _table(folder:Positional[Path]=Path('results/table1')):
         folder: of the recorded figures
     """
     from relvit.reproduce import compare_rows
+    if {json.loads(f.read_text()).get('table') for f in folder.glob('*.json')} & {'table2', 'table3'}: from relvit.transfer import transfer_table as compare_rows
     table = compare_rows(folder)
     print(table.to_string(index=False) if sys.stdout.isatty() else table.to_json(orient='records'))
 
