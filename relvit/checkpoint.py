@@ -179,8 +179,8 @@ def _timm_head(model):
     "Weights, arguments and a note for the classifier of a RelViT, as far as timm has the like"
     task = getattr(model, 'tasks', {}) and model.tasks['labels'] if 'labels' in getattr(model, 'tasks', {}) else None
     if task is None: return {}, {}, ''
-    pool, fc = task.head.pool, task.head.fc
-    if pool == 'flat' or not _encoder(model).is_vit:
+    pool, fc, enc = task.head.pool, task.head.fc, _encoder(model)
+    if pool == 'flat' or not enc.isotropic or pool == 'mean' and enc.pool is not None:
         what = 'flattened patch tokens' if pool == 'flat' else 'these tokens'
         return {}, {}, f'without the classifier: timm has none over {what}'
     args = dict(num_classes=task.classes) | (dict(global_pool='avg', fc_norm=False) if pool == 'mean' else {})
@@ -208,10 +208,12 @@ def export_timm(obj, # Learner, `RelViT` or `TokenEncoder`
     args = dict(model_name=name, num_classes=0, **cfg)
     if hasattr(enc.model, 'set_input_size'): args['img_size'] = list(enc.img_size)
     if enc.is_vit: args['patch_size'] = enc.p
-    if enc.is_vit and not enc.has_cls: args |= dict(class_token=False, global_pool='', fc_norm=False)
+    if enc.isotropic and not enc.has_cls: args |= dict(class_token=False, global_pool='', fc_norm=False)
     if not enc.is_vit: args.pop('strict_img_size', None)
     weights = dict(enc.model.state_dict())
-    if enc.is_vit and not enc.pos_embed: weights['pos_embed'] = torch.zeros_like(weights['pos_embed'])
+    if not enc.pos_embed and 'pos_embed' in weights: weights['pos_embed'] = torch.zeros_like(weights['pos_embed'])
+    if hasattr(enc.model, 'sinusoid'): # T2T-ViT, whose waves are no weights
+        args |= dict(sinusoid=enc.pos_embed and enc.model.sinusoid is not None, token_pool=enc.pool is not None)
     head, head_args, note = _timm_head(model)
     stats = {k: [round(v, 6) for v in getattr(enc, k).flatten().tolist()] for k in ('mean', 'std')}
     args |= head_args

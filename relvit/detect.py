@@ -17,7 +17,6 @@ from torchvision.ops.poolers import LevelMapper
 from fastcore.basics import patch
 from .pyramid import Canvas, Pyramid, pyramid_of
 from .tasks import RelViT
-from .tokens import TokenEncoder
 
 # %% auto #0
 __all__ = ['IOUS', 'CODERS', 'WEIGHTS', 'KINDS', 'DETR_SIZES', 'Anchors', 'roi_pool', 'proposer', 'Stage', 'Looks', 'looks',
@@ -184,14 +183,14 @@ class Detector(RelViT):
                  tasks=(), # to train beside, see `make_tasks`
                  **kwargs): # of `RelViT`: pos_embed, grid, add_cls
         own = {k: v for k, v in locals().items() if k not in ('self', 'encoder', 'tasks', 'kwargs', '__class__')}
-        own['masks'] = masks = kind != 'faster' if masks is None else bool(masks)
-        _fits(classes, kind, vocab, masks)
+        own |= dict(vocab=vocab and list(vocab), masks=kind != 'faster' if masks is None else bool(masks))
+        _fits(classes, kind, vocab, own['masks'])
         super().__init__(encoder, tasks, **kwargs)
-        self.config, self.kind, self.classes, self.vocab, self.masks = own, kind, classes, vocab and list(vocab), masks
+        self.config, self.kind, self.classes, self.vocab, self.masks = own, kind, classes, own['vocab'], own['masks']
         self.neck = Pyramid(encoder, channels, strides, layers, norm).neck
         self.canvas = Canvas(self.neck.multiple, min_size, max_size)
         self.rpn = proposer(self.neck.all_strides, channels, anchors, ratios, proposals, samples[0])
-        self.roi_heads = looks(self.neck.strides, classes, channels, fc, kind == 'cascade', masks, mask_convs, sampling_ratio,
+        self.roi_heads = looks(self.neck.strides, classes, channels, fc, kind == 'cascade', self.masks, mask_convs, sampling_ratio,
                                samples[1], score, nms, most)
 
 def _fits(classes, kind, vocab, masks):
@@ -202,7 +201,10 @@ def _fits(classes, kind, vocab, masks):
     if masks and kind == 'faster': raise ValueError("Faster R-CNN finds no masks: use kind='mask'")
     if not masks and kind == 'mask': raise ValueError("Mask R-CNN without masks is kind='faster'")
 
-# %% ../nbs/43_detect.ipynb #a25b8aaf
+# %% ../nbs/43_detect.ipynb #62a5c7ea
+@patch(as_prop=True)
+def counts(self:Detector): return 'student' # whose encoder is taken home
+
 @patch
 def __repr__(self:Detector):
     said = lambda v: ', '.join(f'{x:g}' for x in v)
@@ -215,7 +217,7 @@ def __repr__(self:Detector):
             f'{said(boxes.aspect_ratios[0])}\n  parameters  {sum(m.values()):.2f} M: '
             f'{", ".join(f"{n} {v:.2f}" for n, v in m.items())}{tasks})')
 
-# %% ../nbs/43_detect.ipynb #758ef28f
+# %% ../nbs/43_detect.ipynb #236144c0
 def check_target(t:dict, # boxes (n,4), labels (n,), perhaps masks (n,H,W), crowd (n,), difficult (n,)
                  size, # (H,W) of its image
                  classes:int): # without the background
@@ -236,9 +238,9 @@ def trained_on(t:dict # see `check_target`
     "The objects of a target that a detector learns"
     keep = t['labels'] > 0
     for k in ('crowd', 'difficult'): keep = keep & ~t[k].bool() if k in t else keep
-    return dict({k: t[k][keep] for k in ('boxes', 'masks') if k in t}, labels=t['labels'][keep].long())
+    return dict({k: t[k][keep] for k in ('masks',) if k in t}, boxes=t['boxes'][keep].float(), labels=t['labels'][keep].long())
 
-# %% ../nbs/43_detect.ipynb #94abc452
+# %% ../nbs/43_detect.ipynb #490b6fad
 @patch
 def forward(self:Detector, images, # list of (c,H,W), uint8 or float in [0,1]
             targets:list=None, # dicts, see `check_target`; for training
@@ -279,7 +281,7 @@ def _learnable(self:Detector, images, targets, device):
         except ValueError as e: raise ValueError(f'image {t["image_id"].item() if "image_id" in t else i}: {e}') from None
     return [{k: v.to(device) for k, v in trained_on(t).items()} for t in targets]
 
-# %% ../nbs/43_detect.ipynb #490b6fad
+# %% ../nbs/43_detect.ipynb #c37ded11
 @patch
 def loss(self:Detector, pred, # of `forward`
          *y): # labels of the images that the tasks saw, for 'labels'; anything else is ignored

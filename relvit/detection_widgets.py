@@ -48,12 +48,11 @@ LOOKS = dict(found=('#2ecc71', '-'), missed=('#ff4fa3', (0, (4, 2))), right=('#2
 def _outline(ax, box, look, text='', inside=False):
     "A box, and above it, or inside at its foot, what it is"
     (l, t, r, b), (colour, style) = box, LOOKS[look]
-    ax.add_artist(plt.Rectangle((l, t), r - l, b - t, fill=False, ec=colour, ls=style, lw=1.8)) # `add_patch` looks at limits, which takes as long again
+    ax.add_artist(plt.Rectangle((l, t), r - l, b - t, fill=False, ec=colour, ls=style, lw=1.8)) # `add_patch` takes twice as long
     if not text: return
-    (right, left), y = ax.get_xlim()[::-1], b if inside else t
-    near = r > left + .75*(right - left) # the text would leave the picture
-    ax.text(r if near else l, y, text, fontsize=7, color='k', ha='right' if near else 'left', va='bottom' if inside or t > .06*ax.get_ylim()[0] else 'top',
-            bbox=dict(fc=colour, ec='none', pad=.8, alpha=.85), clip_on=True)
+    right, low = r > .75*ax.get_xlim()[1], inside or t > .06*ax.get_ylim()[0] # or the text would leave the picture
+    ax.text(r if right else l, b if inside else t, text, ha='right' if right else 'left', va='bottom' if low else 'top',
+            fontsize=7, color='k', bbox=dict(fc=colour, ec='none', pad=.8, alpha=.85), clip_on=True)
 
 def _overlaid(picture, masks, looks): # (h,w,3) in [0,1], (m,h,w) bool, the last on top
     "The picture with masks laid over it"
@@ -112,15 +111,18 @@ def draw_detections(image, # (c,H,W) or (H,W,c), see `as_image`
     if show not in SHOWN: raise ValueError(f'show is {", ".join(map(repr, SHOWN))}, not {show!r}')
     picture = as_image(image)
     H, W_ = extent or picture.shape[:2]
-    kinds = dict(zip(SHOWN, (('truth', 'detections'), ('over',), ('truth',), ('detections',))))[show] if target is not None else ('detections',)
+    kinds = dict(zip(SHOWN, (('truth', 'detections'), ('over',), ('truth',), ('detections',))))[show if target is not None else 'detections']
     fig, axs = _panels([*kinds, *['curve']*(curve is not None)], W_/H, size)
     found, objects = _answers(detection, target, vocab, threshold, iou, labels), _objects(detection, target, vocab, threshold, iou, labels)
     for kind, ax in zip(kinds, axs):
         seen = {'truth': objects, 'detections': found, 'over': objects + found}[kind]
         own = [s for s in seen if masks and s[4] is not None and not (kind == 'over' and s[0] == 'found')] # its detection's is there
-        ax.imshow(_overlaid(picture, [s[4] for s in own], [s[0] for s in own]), extent=(0, W_, H, 0), interpolation='nearest', aspect='auto')
+        painted = _overlaid(picture, [s[4] for s in own], [s[0] for s in own])
+        ax.imshow(painted, extent=(0, W_, H, 0), interpolation='nearest', aspect='auto')
         ax.set(xticks=[], yticks=[], xlim=(0, W_), ylim=(H, 0))
-        for look, box, text, sure, _ in seen: _outline(ax, box, look, text*(sure < 20 and (look, kind) != ('found', 'over')), look == 'double' or (look, kind) == ('missed', 'over'))
+        for look, box, text, rank, _ in seen: # of many detections the surest have names
+            named, foot = rank < 20 and (look, kind) != ('found', 'over'), look == 'double' or (look, kind) == ('missed', 'over')
+            _outline(ax, box, look, text*named, foot)
         _named(ax, _tally(seen, kind))
     if curve is not None: _show_curve(axs[-1], curve, threshold)
     return fig
@@ -130,7 +132,7 @@ def _mask(d, i): return np.asarray(d['masks'][i]).reshape(d['masks'].shape[-2:])
 def _name(vocab, k): return 'no class' if k < 1 else vocab[k - 1]
 
 def _answers(d, target, vocab, threshold, iou, labels):
-    "look, box, text, place by score and mask of each detection that is shown, the surest last"
+    "look, box, text, rank by score and mask of each detection that is shown, the surest last"
     if target is None:
         order = d['scores'].argsort(descending=True, stable=True).tolist()
         states = ['detected']*len(order)
@@ -138,7 +140,8 @@ def _answers(d, target, vocab, threshold, iou, labels):
         m = match(d, target, iou)
         order, states = m.order.tolist(), m.state.tolist()
     kept = [(s, i) for s, i in zip(states, order) if d['scores'][i] >= threshold and (labels is None or d['labels'][i] in labels)]
-    return [(s, d['boxes'][i].tolist(), f'{_name(vocab, int(d["labels"][i]))} {d["scores"][i]:.2f}', n, _mask(d, i)) for n, (s, i) in enumerate(kept)][::-1]
+    text = lambda i: f'{_name(vocab, int(d["labels"][i]))} {d["scores"][i]:.2f}'
+    return [(s, d['boxes'][i].tolist(), text(i), n, _mask(d, i)) for n, (s, i) in enumerate(kept)][::-1]
 
 def _objects(d, target, vocab, threshold, iou, labels):
     "The same of the objects"
@@ -151,7 +154,8 @@ def _objects(d, target, vocab, threshold, iou, labels):
 
 def _tally(seen, kind):
     "How many there are of each look, in words"
-    looks, before = [s[0] for s in seen], {'truth': ('found', 'missed'), 'detections': ('right', 'wrong')}.get(kind, ('missed', 'right', 'wrong'))
+    looks = [s[0] for s in seen]
+    before = dict(truth=('found', 'missed'), detections=('right', 'wrong'), over=('missed', 'right', 'wrong'))[kind] # also where there are none
     if 'detected' in looks: before = ('detected',)
     return [(k, f'{looks.count(k)} {k}') for k in LOOKS if k in before or k in looks and (k, kind) != ('found', 'over')]
 
@@ -205,7 +209,8 @@ class DetectionExplorer(Explorer):
                  curve:bool=None, # that of all images; None: where the answers are at hand
                  size=3.): # inches of a side
         self.pairs, given = as_pairs(images), isinstance(detector, (list, tuple))
-        self.detector, self.size, self.answers, self.looks, self.curves = list(detector) if given else as_detector(detector), size, {}, {}, {}
+        self.detector, self.size = list(detector) if given else as_detector(detector), size
+        self.answers, self.looks, self.curves = {}, {}, {} # what was asked, how it is shown, curves of all images
         if given and len(detector) != len(self.pairs): raise ValueError(f'{len(detector)} detections for {len(self.pairs)} images')
         self.vocab = self._vocab(vocab)
         truth = hasattr(self.pairs, 'vocab') or any(t is not None for _, t in self.pairs)
@@ -246,7 +251,8 @@ def answer(self:DetectionExplorer, i) -> tuple: # detection without masks, and t
 
 def _masks(t, image, i): # (n,H,W) bool
     m = t['masks'].detach().cpu()
-    if m.shape[-2:] != image.shape[-2:]: raise ValueError(f'image {i} has {tuple(image.shape[-2:])} pixels, its masks {tuple(m.shape[-2:])}')
+    size = tuple(image.shape[-2:])
+    if m.shape[-2:] != size: raise ValueError(f'image {i} has {size} pixels, its masks {tuple(m.shape[-2:])}')
     m = m[:, 0] if m.ndim == 4 else m
     return m > .5 if m.is_floating_point() else m.bool()
 
@@ -286,9 +292,10 @@ def hint(self:DetectionExplorer):
     "The counts of this image, and of all of them where their curve is shown"
     s, labels = self.state, self._labels(self.state['classes'])
     d, t = self.answer(s['image'])
-    name = getattr(self.pairs, 'name_of', lambda i: f'image {i}')(s['image'])
+    name = Path(getattr(self.pairs, 'name_of', lambda i: f'image {i}')(s['image'])).name
     if t is None: return f'{name}: {int((d["scores"] >= s["threshold"]).sum())} of {len(d["scores"])} detections are shown'
     said = f'{name}: {words(counts(self.matched([s["image"]], round(s["iou"], 2)), s["threshold"], labels))}'
     if not s['curve']: return said
     _, ap, found = self.set_curve(s['iou'], labels)
-    return f'{said}. All {len(found)} images: {words(counts(found, s["threshold"], labels))}; AP at this overlap {ap:.1%}'.replace('nan%', '-')
+    said += f'. All {len(found)} images: {words(counts(found, s["threshold"], labels))}'
+    return said + (f'; AP at this overlap {ap:.1%}' if ap == ap else '')

@@ -108,7 +108,7 @@ class Precision:
                  category_ids=None): # the classes' numbers in COCO's files, for `.coco()`; their labels if None
         self.vocab, self.masks, self.images = list(vocab), masks, {}
         self.category_ids = list(category_ids or range(1, len(self.vocab) + 1))
-        if len(self.category_ids) != len(self.vocab): raise ValueError(f'{len(self.category_ids)} category_ids for {len(self.vocab)} classes')
+        if (n := len(self.category_ids)) != len(self.vocab): raise ValueError(f'{n} category_ids for {len(self.vocab)} classes')
         _coco() # which is missed now rather than after an epoch
 
     def __len__(self): return len(self.images)
@@ -130,7 +130,8 @@ def _read(d, who, k, masks, names):
     got = {n: torch.as_tensor(d[n]).detach().cpu().numpy() for n in names if n != 'masks'}
     n, boxes, labels = len(got['labels']), got['boxes'].astype(float).reshape(-1, 4), got['labels']
     sizes = {name: len(d[name]) for name in names}
-    if len(set(sizes.values())) > 1: raise ValueError(f'{who} does not say as many of each: ' + ', '.join(f'{v} {k}' for k, v in sizes.items()))
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f'{who} does not say as many of each: ' + ', '.join(f'{v} {k}' for k, v in sizes.items()))
     if not all(np.isfinite(v).all() for v in got.values()): raise ValueError(f'{who} holds a number that is nan or infinite')
     if n and (labels.min() < 0 or labels.max() > k): raise ValueError(f'{who}: label {max(labels, key=abs)}, but classes are 1 to {k}')
     if (wrong := (boxes[:, 2:] < boxes[:, :2]).any(1)).any():
@@ -141,8 +142,8 @@ def _area(boxes): return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 # %% ../nbs/47_precision.ipynb #c5657f0a
 @patch
-def add(self:Precision, detections:list, # a dict an image: boxes (m,4), labels (m,), scores (m,), masks (m,1,H,W) or (m,H,W) if they are judged
-        targets:list): # a dict an image: boxes (n,4), labels (n,); crowd, difficult (n,) bool, masks (n,H,W), area (n,), image_id where there are any
+def add(self:Precision, detections:list, # a dict an image: boxes (m,4), labels (m,), scores (m,), masks (m,1,H,W) or (m,H,W) if judged
+        targets:list): # a dict an image: boxes (n,4), labels (n,); where there are any crowd, difficult (n,) bool, masks (n,H,W), area (n,), image_id
     "A batch. Raises ValueError for what cannot be meant"
     if len(detections) != len(targets): raise ValueError(f'{len(detections)} detections but {len(targets)} targets: one of each an image')
     masks, k = ['masks']*self.masks, len(self.vocab)
@@ -150,12 +151,14 @@ def add(self:Precision, detections:list, # a dict an image: boxes (m,4), labels 
         i = int(t.get('image_id', len(self)))
         if i in self.images: raise ValueError(f'image {i} was added before')
         det = _read(d, f'the detection of image {i}', k, self.masks, ['boxes', 'labels', 'scores', *masks])
-        obj = _read(t, f'the target of image {i}', k, self.masks, ['boxes', 'labels', *masks, *[n for n in ('area',) if n in t]])
+        more = [n for n in ('area', 'crowd', 'difficult') if n in t]
+        obj = _read(t, f'the target of image {i}', k, self.masks, ['boxes', 'labels', *masks, *more])
         obj['crowd'], obj['loose'] = _flags(t)
         if (det['labels'] < 1).any(): raise ValueError(f'the detection of image {i}: label 0, but classes are 1 to {k}')
         if not obj['crowd'][obj['labels'] == 0].all(): raise ValueError(
             f'the target of image {i}: label 0 is of no class, and has to be a crowd; classes are 1 to {k}')
-        if det['size'] != obj['size']: raise ValueError(f'image {i}: masks of {det["size"]} pixels detected, of {obj["size"]} in the target')
+        if det['size'] != obj['size']:
+            raise ValueError(f'image {i}: masks of {det["size"]} pixels detected, of {obj["size"]} in the target')
         if 'area' not in obj: obj['area'] = t['masks'].flatten(1).sum(1).cpu().numpy() if 'masks' in t else _area(obj['boxes'])
         self.images[i] = det, obj
 
@@ -184,7 +187,8 @@ def judged(self:Precision, kind='bbox'): # or 'segm'
     objects, answers, ids, mask = defaultdict(list), defaultdict(list), iter(range(1, 2**62)), _coco()[1] # number 0 would be no match
     for i, (det, obj) in self.images.items():
         area = mask.area(det['rles']) if kind == 'segm' and det['rles'] else _area(det['boxes'])
-        for label, box, score, size, rle in zip(det['labels'].tolist(), _boxes(det['boxes']), det['scores'].tolist(), area.tolist(), det['rles']):
+        for label, box, score, size, rle in zip(det['labels'].tolist(), _boxes(det['boxes']), det['scores'].tolist(), area.tolist(),
+                                                det['rles']):
             answers[i, label].append(dict(id=next(ids), bbox=box, score=score, area=size, segmentation=rle))
         for label, box, size, crowd, loose, rle in zip(obj['labels'].tolist(), _boxes(obj['boxes']), obj['area'].tolist(),
                                                        obj['crowd'].tolist(), obj['loose'].tolist(), obj['rles']):
@@ -216,9 +220,11 @@ class Scores:
         rows = [dict({'class': k}, **{n: v if n == 'objects' else 100*v for n, v in c.items()}) for k, c in self.classes.items()]
         return pd.DataFrame(rows).round(1)
     def asdict(self): return _plain({k: v for k, v in self.__dict__.items() if k != 'curves'} | dict(objects=self.objects))
-    def __repr__(self): return ', '.join([_many(self.images, 'image'), _many(self.objects, 'object'), _many(len(self.classes), 'class')]) + ''.join(
-        f'\n  {name}  ' + ', '.join(f'{n} {_percent(getattr(s, k))}' for n, k in _SAID.items())
-        for name, s in dict(boxes=self, masks=self.masks).items() if s is not None)
+    def __repr__(self):
+        of = [_many(self.images, 'image'), _many(self.objects, 'object'), _many(len(self.classes), 'class')]
+        rows = [(name, ', '.join(f'{n} {_percent(getattr(s, k))}' for n, k in _SAID.items()))
+                for name, s in dict(boxes=self, masks=self.masks).items() if s is not None]
+        return ', '.join(of) + ''.join(f'\n  {name}  {row}' for name, row in rows)
 
 _SAID = {'AP': 'map', 'AP50': 'map50', 'AP75': 'map75', 'small': 'small', 'medium': 'medium', 'large': 'large', 'AR100': 'recall'}
 def _percent(v): return '-' if np.isnan(v) else f'{100*v:.1f} %'
@@ -235,8 +241,8 @@ def _scores(judge, vocab, images, counts):
     "`Scores` of what pycocotools has accumulated"
     p, r = judge.eval['precision'][..., -1], judge.eval['recall'][..., -1] # overlaps, recalls, classes, areas; 100 detections
     ap, all_, means = p[..., 0], r[..., 0], [_mean(p[..., a]) for a in (1, 2, 3)]
-    classes = {name: dict(objects=int(counts[k]), AP=_mean(ap[..., k]), AP50=_mean(ap[0, :, k]), AP75=_mean(ap[5, :, k]), AR100=_mean(all_[:, k]))
-               for k, name in enumerate(vocab)}
+    means_of = lambda k: dict(AP=_mean(ap[..., k]), AP50=_mean(ap[0, :, k]), AP75=_mean(ap[5, :, k]), AR100=_mean(all_[:, k]))
+    classes = {name: dict(objects=int(counts[k]), **means_of(k)) for k, name in enumerate(vocab)}
     return Scores(_mean(ap), _mean(ap[0]), _mean(ap[5]), *means, _mean(all_), classes, images, np.where(ap > -1, ap, np.nan))
 
 @patch
@@ -262,7 +268,8 @@ def show(self:Scores, most=8, # classes with a curve of their own, and bars
     for ax, which, title, mean in (axs[0], 0, 'overlap .5', self.map50), (axs[1], 5, 'overlap .75', self.map75):
         ax.plot(at, 100*np.nanmean(self.curves[which], -1), 'k', lw=2.5, label='mean')
         if len(names) <= most:
-            for k, name in enumerate(shown): ax.plot(at, 100*self.curves[which][:, list(self.classes).index(name)], color=colours[k], lw=1.2)
+            for k, name in enumerate(shown):
+                ax.plot(at, 100*self.curves[which][:, list(self.classes).index(name)], color=colours[k], lw=1.2)
         ax.set(xlim=(0, 100), ylim=(0, 103), xlabel='recall, %', ylabel='precision, %', title=f'{title}: AP {_percent(mean)}')
     _bars(axs[2], self, shown, colours, most if len(shown) < len(names) else 0)
     return fig
@@ -272,20 +279,23 @@ def _bars(ax, scores, shown, colours, cut):
     rows = np.arange(len(shown))
     for name, alpha in ('AP50', .3), ('AP', 1):
         ax.barh(rows, [100*scores.classes[k][name] for k in shown], color=[colours[i%len(colours)] for i in rows], alpha=alpha)
-    ax.set(yticks=rows, yticklabels=[f'{k} ({scores.classes[k]["objects"]})' for k in shown], xlim=(0, 100), xlabel='AP, and AP50 (pale), %')
+    names = [f'{k} ({scores.classes[k]["objects"]})' for k in shown]
+    ax.set(yticks=rows, yticklabels=names, xlim=(0, 100), xlabel='AP, and AP50 (pale), %')
     ax.set_title(f'the {cut} worst classes' if cut else f'AP {_percent(scores.map)}')
     ax.invert_yaxis()
 
 # %% ../nbs/47_precision.ipynb #d52af62d
 @patch
 def coco(self:Precision) -> tuple: # a dict of images, categories and annotations; a list of results
-    "Objects and detections as plain data in COCO's two formats. Difficult objects are only marked `ignore`, which pycocotools itself forgets"
+    "Objects and detections as plain data in COCO's two formats. Difficult objects are marked `ignore`, which pycocotools forgets"
     rle = lambda r: {} if r is None else dict(segmentation=dict(r, counts=r['counts'].decode()))
     annotations, results = [], []
     for i, (det, obj) in sorted(self.images.items()):
-        for label, box, area, crowd, loose, r in zip(obj['labels'], _boxes(obj['boxes']), obj['area'], obj['crowd'], obj['loose'], obj['rles']):
-            said = dict(image_id=i, bbox=box, area=float(area), iscrowd=int(crowd), **({'ignore': 1} if loose and not crowd else {}), **rle(r))
-            annotations += [dict(id=len(annotations) + n, category_id=self.category_ids[k - 1], **said) for n, k in enumerate(_meant(label, det), 1)]
+        for label, box, area, crowd, loose, r in zip(obj['labels'], _boxes(obj['boxes']), *[obj[k] for k in ('area', 'crowd', 'loose', 'rles')]):
+            hard = {'ignore': 1} if loose and not crowd else {}
+            for k in _meant(label, det):
+                annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=self.category_ids[k - 1], bbox=box,
+                                        area=float(area), iscrowd=int(crowd), **hard, **rle(r)))
         for label, box, score, r in zip(det['labels'], _boxes(det['boxes']), det['scores'], det['rles']):
             results.append(dict(image_id=i, category_id=self.category_ids[label - 1], bbox=box, score=float(score), **rle(r)))
     categories = [dict(id=c, name=name) for c, name in zip(self.category_ids, self.vocab)]

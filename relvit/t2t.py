@@ -48,7 +48,8 @@ class TokenBlock(nn.Module):
     def forward(self, x:Tensor # (b,n,dim)
                ) -> Tensor: # (b,n,out)
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        seen = linear_attention(q, k, v, self.w) if self.w is not None else F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        full = self.w is None
+        seen = F.scaled_dot_product_attention(q, k, v, scale=self.scale) if full else linear_attention(q, k, v, self.w)
         x = v + self.drop(self.proj(seen.to(v.dtype)))
         return x + self.mlp(self.norm2(x))
 
@@ -68,7 +69,7 @@ class TokensToToken(nn.Module):
                  dynamic_img_pad=False, # fill up with zeros what 16 does not divide
                  device=None, dtype=None, **_): # what else timm tells a patch embedding
         super().__init__()
-        if pair(patch_size) != (16, 16): raise ValueError(f'a token of T2T-ViT covers 16 x 16 pixels, so patch_size={patch_size} is not possible')
+        if pair(patch_size) != (16, 16): raise ValueError(f'a token of T2T-ViT covers 16 x 16 pixels, patch_size={patch_size} is not possible')
         self.patch_size, self.dynamic_img_pad, self.grad_checkpointing = (16, 16), dynamic_img_pad, False
         look = partial(TokenBlock, out=token_dim, tokens_type=tokens_type, drop=drop)
         self.blocks = nn.ModuleList([look(in_chans*49), look(token_dim*9), nn.Linear(token_dim*9, embed_dim)])
@@ -79,7 +80,7 @@ class TokensToToken(nn.Module):
                ) -> Tensor: # (b,h,w,d)
         (h, w), (bottom, right) = self.dynamic_feat_size(x.shape[-2:]), [-s % 16 for s in x.shape[-2:]]
         if bottom or right: x = F.pad(x, (0, right, 0, bottom))
-        for split, block, n in zip(SPLITS, self.blocks, (4, 2, 1)):
+        for split, block, n in zip(SPLITS, self.blocks, (4, 2, 1)): # n tokens a side of the 16 pixels
             x = soft_split(x, *split)
             x = checkpoint(block, x) if self.grad_checkpointing and self.training and n > 1 else block(x)
             x = x.mT.unflatten(2, (h*n, w*n))
@@ -127,11 +128,13 @@ class T2TViT(VisionTransformer):
                  **kwargs): # for timm's VisionTransformer: img_size, depth, num_heads, mlp_ratio, drop_path_rate, class_token...
         embed = partial(TokensToToken, tokens_type=tokens_type, token_dim=token_dim, drop=proj_drop_rate)
         kwargs = dict(qkv_bias=False, norm_layer=nn.LayerNorm) | kwargs | dict(dynamic_img_size=True)
-        super().__init__(in_chans=in_chans, embed_dim=embed_dim, embed_layer=embed, pos_embed='none', proj_drop_rate=proj_drop_rate, **kwargs)
+        super().__init__(in_chans=in_chans, embed_dim=embed_dim, embed_layer=embed, pos_embed='none',
+                         proj_drop_rate=proj_drop_rate, **kwargs)
         self.in_chans = in_chans
         if self.cls_token is not None: trunc_normal_(self.cls_token, std=.02)
         self.token_pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False) if token_pool else None
-        self.register_buffer('sinusoid', _frame(embed_dim).to(self.norm.weight) if sinusoid else None, persistent=False)
+        frame = _frame(embed_dim).to(self.patch_embed.blocks[-1].weight) if sinusoid else None
+        self.register_buffer('sinusoid', frame, persistent=False)
 
 def _frame(d): return sinusoid(1 + FRAME[0]*FRAME[1], d)[None]
 
@@ -153,11 +156,12 @@ def _pos_embed(self:T2TViT, x):
 # %% ../nbs/11_t2t.ipynb #fd9a596d
 _sizes = {7: (256, 4, 2), 10: (256, 4, 2), 12: (256, 4, 2), 14: (384, 6, 3), 19: (448, 7, 3), 24: (512, 8, 3)} # width, heads, MLP
 T2T_VITS = {f't2t_vit_{kind}{depth}': dict(depth=depth, embed_dim=d, num_heads=heads, mlp_ratio=ratio, tokens_type=name)
-            for kind, name in (('', 'performer'), ('t_', 'transformer')) for depth, (d, heads, ratio) in _sizes.items() if not kind or depth > 12}
+            for kind, name in (('', 'performer'), ('t_', 'transformer'))
+            for depth, (d, heads, ratio) in _sizes.items() if not kind or depth > 12}
 
 default_cfgs = generate_default_cfgs({name: dict(
-    url='', input_size=(3, 224, 224), num_classes=1000, pool_size=None, crop_pct=.9, interpolation='bicubic', mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD, first_conv=None, classifier='head') for name in T2T_VITS})
+    url='', input_size=(3, 224, 224), num_classes=1000, crop_pct=.9, interpolation='bicubic', first_conv=None, classifier='head',
+    mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD) for name in T2T_VITS})
 
 def _entry(name):
     def create(pretrained=False, **kwargs):

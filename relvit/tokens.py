@@ -65,7 +65,7 @@ def _create(name, img_size, p, cls, kwargs):
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        if t2t and not timm.is_model('t2t_vit_14'): hint = ' before the page that has it is imported: import relvit.t2t'
+        if t2t and not timm.is_model('t2t_vit_14'): hint = ' of its own; it is known after import relvit.t2t'
         raise ValueError(f'timm has no model {name!r}{hint}')
     kwargs = dict(num_classes=0, **kwargs) | ({} if img_size is None else dict(img_size=img_size))
     if vit:
