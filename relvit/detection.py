@@ -8,7 +8,6 @@ import copy, json, torch, pandas as pd
 from dataclasses import dataclass
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric
-from fastcore.basics import patch
 from fastcore.foundation import L
 from pathlib import Path
 from torch import Tensor
@@ -72,7 +71,7 @@ class MeasureBoxes(Callback):
         self.precision.add(found, self.learn.give_boxes.given[1])
     def after_validate(self):
         self.judged = s = self.precision.result()
-        self.learn.probes = _scores(s)
+        self.learn.probes = _scores(s) | ({} if bare(self.learn.model).tasks else dict(loss=None)) # out of training a detector has none
 
 def _scores(s):
     "Boxes, and masks where they were judged, by name; None where there was nothing to find"

@@ -65,7 +65,9 @@ METHODS = dict({
     'layer-decay': Method('RelViT, finetuned with a layer-wise learning rate (decay .65)', (('pretrain', {}, 1), ('finetune', dict(recipe_args=('layer_decay=.65',)), 1))),
 }, **{f'mega-{m}': _relvit(f'RelViT on {m} x {m} mega-patches', mega=m) for m in (3, 4, 5, 6)})
 
-def known_as(what, name, of):
+def known_as(what, # what it is called, in words
+             name, of:dict):
+    "The thing of that name. Raises ValueError that says the nearest one"
     if name in of: return of[name]
     near = difflib.get_close_matches(name, of, 1)
     raise ValueError(f'no {what} is called {name!r}; ' + (f'did you mean {near[0]!r}?' if near else f'there are {", ".join(of)}'))
@@ -130,7 +132,9 @@ class Reproduction:
 # %% ../nbs/63_reproduce.ipynb #b730b0d8
 PLACES = 'root out init device hold workers download track compile every'.split() # what may differ between two goes at one run
 
-def stage(c, tell):
+def stage(c, # a configuration with a name
+          tell # see `train`
+         ) -> Run:
     "Train, go on, or take what is there. Raises ValueError where that is something else"
     path = Path(c.out)/c.name
     if not (path/'config.json').is_file(): return train(c, tell=tell)

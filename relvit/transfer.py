@@ -5,7 +5,7 @@
 # %% ../nbs/65_transfer.ipynb #e2576690
 from __future__ import annotations
 import json, statistics, pandas as pd
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 from .boxes import open_boxes

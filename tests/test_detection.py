@@ -2,15 +2,13 @@
 import json, os, signal, subprocess, sys
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from fastai.callback.core import Callback
 from PIL import Image
 
-from relvit.boxes import BoxSplits, box_dls, open_boxes, shapes_set
-from relvit.checkpoint import export_timm, load_encoder, save
+from relvit.boxes import box_dls, open_boxes, shapes_set
+from relvit.checkpoint import export_timm, load_encoder
 from relvit.detection import Detect, detect_files, detect_learner, evaluate_detector, load_detector, usual_boxes
-from relvit.learner import pretrain_learner
-from relvit.runs import Run
 from relvit.shapes import SHAPES, make_shapes
 from relvit.tokens import TokenEncoder
 from relvit.training import Finetune, Pretrain, config_of, load_model, plan, settle, train
