@@ -122,7 +122,8 @@ class Looks(nn.Module):
             if self.training: boxes, *truth = stage.select_training_samples(boxes, targets)
             logits, moves = stage.look(maps, boxes, sizes)
             if self.training:
-                for k, v in stage.losses(maps, boxes, sizes, targets, logits, moves, *truth).items(): losses[k] = losses.get(k, 0.) + weight*v
+                found = stage.losses(maps, boxes, sizes, targets, logits, moves, *truth)
+                losses = {k: losses.get(k, 0.) + weight*v for k, v in found.items()}
             else: said.append(logits.softmax(-1))
             if stage is not self.stages[-1]: boxes = stage.refine(boxes, moves, sizes, targets if self.training else None)
         return ([], losses) if self.training else (self.detect(maps, boxes, sizes, torch.stack(said).mean(0), moves), {})
@@ -157,7 +158,8 @@ def looks(strides, # of the maps '0', '1', ..., pixels
         if cascade: s.box_predictor.bbox_pred = nn.Linear(fc, 4)
         if masks:
             s.mask_roi_pool = roi_pool(strides, 14, sampling_ratio)
-            s.mask_head, s.mask_predictor = MaskRCNNHeads(channels, [channels]*mask_convs, 1), MaskRCNNPredictor(channels, channels, classes + 1)
+            s.mask_head = MaskRCNNHeads(channels, [channels]*mask_convs, 1)
+            s.mask_predictor = MaskRCNNPredictor(channels, channels, classes + 1)
         return s
     n = 3 if cascade else 1
     return Looks([stage(*z) for z in zip(IOUS[:n], CODERS)], WEIGHTS[:n])
@@ -212,9 +214,10 @@ def __repr__(self:Detector):
     boxes = self.rpn.anchor_generator
     name = dict(mask='Mask R-CNN', faster='Faster R-CNN', cascade=f'Cascade {"Mask "*self.masks}R-CNN')[self.kind]
     tasks = ''.join(f'\n{row}' for row in RelViT.__repr__(self)[:-1].splitlines()[1:])
-    return (f'Detector({name}, {self.classes} classes; {self.encoder!r}\n  layers      {said(self.neck.layers)} -> strides '
-            f'{said(self.neck.all_strides)}, {self.neck.out_channels} channels\n  anchors     {said(s[0] for s in boxes.sizes)} px, height/width '
-            f'{said(boxes.aspect_ratios[0])}\n  parameters  {sum(m.values()):.2f} M: '
+    return (f'Detector({name}, {self.classes} classes; {self.encoder!r}\n'
+            f'  layers      {said(self.neck.layers)} -> strides {said(self.neck.all_strides)}, {self.neck.out_channels} channels\n'
+            f'  anchors     {said(s[0] for s in boxes.sizes)} px, height/width {said(boxes.aspect_ratios[0])}\n'
+            f'  parameters  {sum(m.values()):.2f} M: '
             f'{", ".join(f"{n} {v:.2f}" for n, v in m.items())}{tasks})')
 
 # %% ../nbs/43_detect.ipynb #236144c0

@@ -69,7 +69,7 @@ def rescale(dim:int, # width of the map
 
 # %% ../nbs/41_pyramid.ipynb #e8c95d5f
 class Neck(nn.Module):
-    "Maps of chosen levels to a feature pyramid '0', '1', ... and 'pool', the last at half of the last stride. Lin et al. 2017, over XCiT's branches"
+    "Maps of chosen levels to a feature pyramid '0', '1', ..., 'pool'. Lin et al. 2017, over the branches of XCiT"
     def __init__(self, levels, # one `Level` a stride, see `choose_levels`
                  strides=(4, 8, 16, 32), # of the pyramid, each twice the one before, pixels
                  channels=256, # width of the pyramid
