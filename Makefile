@@ -35,12 +35,15 @@ study: setup
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --record results/photos.json --keep runs/photos
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --modern --record results/modern.json --keep runs/photos
 	$(BIN)/python -W ignore -m relvit.methods $(DATA) --record results/methods.json --keep runs/methods
+	$(BIN)/python -W ignore -m relvit.scenes --first 10 --record results/scenes.json --keep runs/scenes
+	$(BIN)/python -W ignore -m relvit.scenes --first 10 --lr .003 --record results/scenes_high.json --keep runs/scenes_high
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/widgets.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/train.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/methods.py
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/detect.py
 
 # execute every notebook in place, keep light outputs, export the package, write README.md
 notebooks: setup

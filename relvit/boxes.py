@@ -544,6 +544,7 @@ class BoxSplits:
     test:BoxSet = None
     said:dict = field(default_factory=dict) # part -> where it comes from, in words
     format:str = '' # what it was read as
+    fit:str = None # of whole images there is none
     in_use:dict = field(default_factory=dict) # how it was opened
 
     @property
@@ -602,10 +603,11 @@ def pretraining(self:BoxSplits, img_size=224, # pixels of a side
 def pixel_statistics(ds:BoxSet, most=256 # images to look at
                     ) -> tuple[list, list]: # of each channel, in [0,1]
     "Mean and standard deviation of the pixels, each image counting the same"
-    images = ds.batch(torch.arange(0, len(ds), max(len(ds)//most, 1)))[0] if torch.is_tensor(ds.files[0]) else \
-             [ds.read(i) for i in range(0, len(ds), max(len(ds)//most, 1))]
-    x = [x.flatten(1).float()/255 for x in images]
-    mean, square = (torch.stack([(v**k).mean(1) for v in x]).mean(0) for k in (1, 2))
+    def moments(i):
+        x = ds.read(i).flatten(1).float()/255
+        return torch.stack([x.mean(1), (x*x).mean(1)])
+    some = range(0, len(ds), -(-len(ds)//most))
+    mean, square = torch.stack(list(_threads(lambda j: moments(some[j]), len(some), ds.name))).mean(0)
     return [round(v, 4) for v in mean.tolist()], [round(max(v, 1e-3), 4) for v in (square - mean**2).clamp(min=0).sqrt().tolist()]
 
 def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
@@ -651,8 +653,10 @@ def _open_coco(root, valid, seed, year='', **kwargs):
     for k, found in parts.items():
         if len(found) > 1: raise ValueError(f'{root} holds {", ".join(found)}; say which with year=')
     if not parts['train']: raise ValueError(f'{root} has no annotations/instances_train*.json; there are {", ".join(_coco_parts(root))}')
+    drop = kwargs.pop('drop_empty', False) # of what is trained on alone: on an empty image a detection is wrong
     whole = read_coco(root, train := parts['train'][0], **kwargs)
     rest, held = hold_out(whole, valid, seed)
+    if drop: rest = rest.subset(rest.of[~rest.crowd].unique())
     test = read_coco(root, parts['val'][0], **kwargs) if parts['val'] else None
     if test is not None and test.category_ids != whole.category_ids:
         raise ValueError(f'{train} and {test.name} of {root} have other categories: {len(whole.vocab)} and {len(test.vocab)}')

@@ -35,7 +35,7 @@ def _run(name):
 
 MORE = """
 --config FILE reads options from YAML, and options given here override it.
---init RUN, or --from RUN, starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said.
+--init RUN, or --from RUN, starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said (detect: name the data).
 --dry-run shows what would be run: data, token grid, parameters, memory, time.
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
@@ -52,6 +52,7 @@ def _train(mode, argv):
         run = train(resume=was.path, tell='console')
     else:
         if early.init and not Path(early.init).exists() and (Path('runs')/early.init/'config.json').is_file(): early.init = f'runs/{early.init}'
+        if early.init and Path(early.init).is_dir(): _run(early.init) # so that its mode is known
         init = dict(init=early.init) if early.init else {}
         default = kind.read(early.config, **init) if early.config else kind.of(init)
         if early.init: rest += ['--init', early.init]

@@ -286,6 +286,12 @@ def _learnable(self:Detector, images, targets, device):
 
 # %% ../nbs/43_detect.ipynb #c37ded11
 @patch
+def chance(self:Detector) -> dict:
+    "What a guess scores: of average precision nothing"
+    found = [f'{of}{k}' for of in ('', 'mask_')[:1 + self.masks] for k in ('map', 'map50', 'map75')]
+    return RelViT.chance(self) | dict.fromkeys(found, 0.)
+
+@patch
 def loss(self:Detector, pred, # of `forward`
          *y): # labels of the images that the tasks saw, for 'labels'; anything else is ignored
     "Sum of a detector's losses and the weighted losses of the tasks; leaves each in `scores`. Out of training, the tasks' alone"

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop
 from typing import Literal
 from .augment import random_resized_crop
 from .boxes import BoxSplits, box_dls, open_boxes, show_boxes, stored_image
-from .callbacks import AutoCast, LeakWarning, PatchRelations
+from .callbacks import AutoCast, AverageWeights, LeakWarning, PatchRelations, task_metrics
 from .checkpoint import encoder_config, load, load_encoder, write_whole
 from .detect import Detector
 from .evaluation import Evaluation, image_paths
@@ -29,7 +29,7 @@ from .runs import Run
 from .tasks import TASKS, bare, make_tasks
 from .tokens import TokenEncoder
 from .training import (MODES, Fit, Settings, config_of, config_recipe, config_tasks, empty_model, load_model, make_learner, parse_args,
-                             parse_task_args, parse_tasks, recipe_of, settle, settle_fit, start_file, usable)
+                             parse_task_args, parse_tasks, recipe_of, same_data, settle, settle_fit, start_file, usable)
 
 # %% auto #0
 __all__ = ['SMALL', 'LIGHT', 'GiveBoxes', 'RejoinBoxes', 'MeasureBoxes', 'BoxMetric', 'BoxLearner', 'detect_learner', 'BoxData',
@@ -127,8 +127,9 @@ def detect_learner(dls, # of `box_dls`
     model = Detector(encoder, len(dls.vocab), kind, vocab=dls.vocab, masks=masks, tasks=make_tasks(tasks), grid=mega_grid(mega, encoder), **kwargs)
     joint = [*patch_callbacks(encoder, mega, augment, permute, recipe), PatchRelations(), LeakWarning(), RejoinBoxes()] if tasks else []
     metrics = [BoxMetric(k) for k in ('map', 'map50', 'map75', *(['mask_map'] if masks else []))]
-    learn = BoxLearner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=metrics, path=path,
-                       cbs=[GiveBoxes(), *joint, MeasureBoxes(masks), *([AutoCast()] if amp else []), *L(cbs)], **optimised(recipe))
+    learn = BoxLearner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=metrics + task_metrics(model), path=path,
+                       cbs=[GiveBoxes(), *joint, MeasureBoxes(masks), *([AutoCast()] if amp else []),
+                            *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)], **optimised(recipe))
     learn.recipe = recipe
     return learn
 
@@ -136,7 +137,7 @@ def detect_learner(dls, # of `box_dls`
 @dataclass(frozen=True)
 class BoxData(Settings):
     "Which images with boxes a run sees, and how"
-    data:str = 'shapes' # folder of a detection data set; shapes: generated scenes, no files
+    data:str|None = None # folder of a detection data set; shapes: generated scenes, no files, and what is taken where there is no init
     format:Literal['voc', 'coco', 'kitti', 'svhn', 'shapes']|None = None # how its boxes are written; seen from the folder if None
     valid:float = .1 # share of the training images that is held out, where the data has no part of its own to choose on
     split_seed:int = 0 # of what is held out
@@ -144,7 +145,8 @@ class BoxData(Settings):
     min_size:tuple[int, ...] = () # pixels of an image's short side: one, or several to draw from in training; none: 800, and shapes as they are
     max_size:int = 1333 # pixels of its long side at most
     jitter:tuple[float, ...] = () # smallest and largest side of a random window that training sees, as shares of the image's; none: all of it
-    masks:bool = True # learn and judge masks, where the data has some
+    masks:bool|None = None # learn and judge masks; None: where the data brings some. VOC has to be asked, and then gives the images that have them
+    flip:bool|None = None # may training images be mirrored? the data's own answer if None
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,13 +171,15 @@ class Detect(Fit, BoxData):
     permute:bool|None = True # shuffle the patches that those tasks see
 
     def __post_init__(self):
+        if self.data is None and self.init is None: object.__setattr__(self, 'data', 'shapes')
         object.__setattr__(self, 'recipe', self.recipe or ('scenes' if self.data == 'shapes' else 'detect'))
         super().__post_init__()
         if self.tasks: parse_task_args(self.task_args, known := parse_tasks(self.tasks))
         if self.tasks and (bad := [t for t in known if t == 'labels' or getattr(TASKS.get(t), 'view', 'patches') != 'patches']):
             raise ValueError(f'a detector learns relations of patches along, not {bad[0]}')
         if self.mega and not self.tasks: raise ValueError('mega is for relation tasks, and tasks names none')
-        if not 0 <= self.valid < 1: raise ValueError(f'valid must be a share from 0 to below 1, not {self.valid}')
+        if self.task_args and not self.tasks: raise ValueError('task_args are for relation tasks, and tasks names none')
+        if self.compile: raise ValueError('compile is for whole passes of an encoder, and a detector reads its layers one by one')
 
 MODES['detect'] = Detect
 
@@ -186,6 +190,7 @@ LIGHT = dict(min_size=None, mask_convs=2, proposals=(200, 100), samples=(128, 32
 
 @settle.register
 def _(c:Detect) -> Detect:
+    if c.data is None: raise ValueError('data must name images with boxes, beside the encoder of init; shapes are generated scenes')
     if c.data == 'shapes':
         fresh = {} if c.init else {k: v for k, v in SMALL.items() if k in ('encoder_args', 'img_size', 'p', 'encoder')}
         small = fresh | {k: SMALL[k] for k in ('width', 'anchors')}
@@ -201,10 +206,11 @@ def _encoder_of(c, dls, recipe):
     held, more = encoder_config(path) if path else {}, dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
     if held:
         if 'drop_path_rate' in held: more = dict(drop_path_rate=recipe.drop_path) # of this run, not of that one
-        held |= more | ({'img_size': c.img_size} if c.img_size else {})
+        held |= more | ({'img_size': c.img_size} if c.img_size else {}) | {'attn_mask': parse_args(c.encoder_args).get('attn_mask')}
         encoder = TokenEncoder(held.pop('name'), **held)
+        if encoder.in_chans != 3: raise ValueError(f'init holds an encoder of {encoder.in_chans} channels, these images have 3')
     else:
-        encoder = TokenEncoder(c.encoder, img_size=c.img_size, p=c.p, pos_std=None if c.pos_std == .02 else c.pos_std, mean=dls.mean, std=dls.std, **more, **parse_args(c.encoder_args))
+        encoder = TokenEncoder(c.encoder, img_size=c.img_size, p=c.p, pos_std=None if c.pos_std == .02 else c.pos_std, mean=dls.mean, std=dls.std, **(more | parse_args(c.encoder_args)))
     return encoder, load(path, encoder) if path else None
 
 @make_learner.register
@@ -212,25 +218,25 @@ def _(c:Detect, splits=None, encoder=None, recipe=None):
     if encoder is None: c = settle(c)
     if not usable(c.device): raise ValueError(f'there is no device {c.device!r} here, but cpu' + (' and cuda' if torch.cuda.is_available() else ''))
     splits, recipe, report = splits or open_detection(c), recipe or config_recipe(c), None
-    dls = box_dls(splits, c.bs, jitter=c.jitter or None, steps=c.steps, seed=c.seed, device=c.device)
+    dls = box_dls(splits, c.bs, None if c.flip is None else .5*c.flip, jitter=c.jitter or None, steps=c.steps, seed=c.seed, device=c.device)
     torch.manual_seed(c.seed)
     if encoder is None: encoder, report = _encoder_of(c, dls, recipe)
     learn = detect_learner(dls, encoder, c.kind, tasks=config_tasks(c) if c.tasks else (), mega=c.mega, permute=c.permute,
                            augment=bool(c.augment) and c.augment.lower() != 'none', recipe=recipe, amp=c.amp, seed=c.seed, **detector_args(c, splits.train.has_masks))
-    learn.faster(compile=c.compile, channels_last=c.channels_last, fused=c.fused, accumulate=c.accumulate)
+    learn.faster(channels_last=c.channels_last, fused=c.fused, accumulate=c.accumulate)
     if report: learn.taken = repr(report)
     return learn
 
 def open_detection(c:Detect) -> BoxSplits:
     "The data of a configuration"
-    try: return open_boxes(c.data, c.format, valid=c.valid, seed=c.split_seed, masks=None if c.masks else False, **parse_args(c.data_args, 'data_args'))
+    try: return open_boxes(c.data, c.format, valid=c.valid, seed=c.split_seed, masks=c.masks, **parse_args(c.data_args, 'data_args'))
     except TypeError as e: raise ValueError(f'data_args cannot be: {e}') from e
 
 def detector_args(c, has_masks):
     "What a configuration says about the detector around its encoder"
     small = dict(fc=2*c.width, **LIGHT) if c.data == 'shapes' else {}
     sizes = dict(min_size=c.min_size) if c.min_size else {}
-    masks = c.masks and has_masks and c.kind != 'faster'
+    masks = c.masks is not False and has_masks and c.kind != 'faster'
     return dict(masks=masks, channels=c.width, anchors=c.anchors, max_size=c.max_size) | small | sizes
 
 @empty_model.register
@@ -262,7 +268,14 @@ def usual_boxes(train, # `BoxSet` to learn from
     return found
 
 # %% ../nbs/48_detection.ipynb #cbc47e99
-def detections_of_usual(usual, size, device='cpu') -> dict: # of `usual_boxes`; (H,W)
+def _boxes_of(ds, i):
+    "The target of an image without its masks, which take long to decode"
+    at = slice(*ds.first[i:i + 2].tolist())
+    return {n: getattr(ds, n)[at] for n in ('boxes', 'labels', 'crowd', 'difficult')} | dict(image_id=torch.tensor(i))
+
+def detections_of_usual(usual, # of `usual_boxes`
+                        size # (H,W) of the image
+                       ) -> dict:
     "The usual boxes as the detections of an image"
     (H, W), (labels, boxes, scores) = size, zip(*usual)
     order = torch.tensor(scores).argsort(descending=True)
@@ -284,14 +297,16 @@ def evaluate_detector(run, # `Run` or its folder
     if not isinstance(c, Detect): raise ValueError(f'{run.path} is a {c.mode} run: relvit.evaluation.evaluate is for it')
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
     learn = make_learner(c if usable(c.device) else c.but(device=None), encoder=load_encoder(path), recipe=recipe_of(run))
-    load(path, learn)
+    same_data(run, learn.dls.splits)
+    if (r := load(path, learn)).missing or any(not n.startswith('optimiser.') for n in r.left_out): raise ValueError(f'{path} is not of this detector: {r!r}')
     dl = learn.dls.test if part == 'test' else learn.dls.valid
     if dl is None: raise ValueError(f'{run.data["name"]} has no {part} images; the other part is called {"valid" if part == "test" else "test"}')
-    with learn.no_bar(), learn.no_logging(): learn.validate(dl=dl)
+    with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
+    told = dict(zip((n.removeprefix('valid_') for n in learn.recorder.metric_names[2:]), values))
     s, usual, beside = learn.measure_boxes.judged, usual_boxes(learn.dls.train_ds, most=most), Precision(learn.dls.vocab)
-    for images, targets in dl: beside.add([detections_of_usual(usual, x.shape[1:]) for x in images], targets)
+    for i, size in enumerate(dl.dataset.sizes.tolist()): beside.add([detections_of_usual(usual, size)], [_boxes_of(dl.dataset, i)])
     model, judged = bare(learn.model), _scores(s) | {k: getattr(s, k) for k in ('small', 'medium', 'large', 'recall')}
-    scores = {k: float(v) for k, v in judged.items() if v is not None and v == v} | {k: float(v) for k, v in model.scores.items() if k in model.chance()}
+    scores = {k: float(v) for k, v in judged.items() if v is not None and v == v} | {k: float(v) for k, v in told.items() if k in model.chance() and v is not None}
     said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
     e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores, {k: v for k, v in model.chance().items() if k in scores},
                    {'usual boxes, AP': beside.result().map}, {k: v['AP'] for k, v in s.classes.items() if v['AP'] == v['AP']})
@@ -309,10 +324,10 @@ def detect_files(run, # `Run` or its folder
     model = load_detector(run, weights)
     rows = []
     for f in image_paths(files):
-        try: x, _ = stored_image(f)
+        try: x, stored = stored_image(f)
         except (Unreadable, OSError) as e: rows.append((str(f), *[None]*6, getattr(e, 'why', str(e)))); continue
-        d = model([x])[0]
+        d, turned = model([x])[0], 'a camera noted that it is turned; boxes are of the pixels as stored'*('turned' in stored)
         keep = d['scores'] >= threshold
         found = zip(d['labels'][keep].tolist(), d['scores'][keep].tolist(), d['boxes'][keep].tolist())
-        rows += [(str(f), model.vocab[k - 1], round(s, 4), *[round(v, 1) for v in box], '') for k, s, box in found] or [(str(f), *[None]*6, '')]
+        rows += [(str(f), model.vocab[k - 1], round(s, 4), *[round(v, 1) for v in box], turned) for k, s, box in found] or [(str(f), *[None]*6, turned)]
     return pd.DataFrame(rows, columns=['file', 'label', 'score', 'left', 'top', 'right', 'bottom', 'problem'])

@@ -309,7 +309,7 @@ def after_epoch(self:RecordRun):
             save(self.learn, self.record.best, epoch=self.learn.epoch)
     self.sums, self.count = {}, 0
     self._save(self.learn.epoch + 1, 0)
-    self._say(f"epoch {self.learn.epoch}: " + ', '.join(f'{k} {v:.4g}' for k, v in valid.items() if k in chance or k == 'loss'))
+    self._say(f"epoch {self.learn.epoch}: " + ', '.join(f'{k} {v:.4g}' for k, v in valid.items() if v is not None and (k in chance or k == 'loss')))
     if self.stop: self._leave(self.learn.epoch + 1, 0)
 
 @patch

@@ -11,6 +11,7 @@ from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_e
 from timm.models import checkpoint_seq, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from .patches import grid_of, pair
 
@@ -219,8 +220,9 @@ def _steps(self:TokenEncoder, x):
         mask = torch.full((x.shape[1],)*2, -torch.inf, dtype=x.dtype, device=x.device).fill_diagonal_(0)
         if self.attn_mask == 'diagonal_cls' and self.has_cls: mask[0] = 0
         args = dict(attn_mask=mask)
+    spare = self.model.grad_checkpointing and self.training # memory, for time
     for block in self.model.blocks:
-        x = block(x, **args)
+        x = checkpoint(block, x, use_reentrant=False, **args) if spare else block(x, **args)
         yield x
 
 @patch

@@ -35,15 +35,15 @@ from .tokens import TokenEncoder
 __all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Settings',
            'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at',
            'usable', 'start_file', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
-           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'show_learnt', 'load_model',
-           'empty_model']
+           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'same_data', 'show_learnt',
+           'load_model', 'empty_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
 
 LIMITS = ( # what must hold, and for what
-    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate'),
+    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate width anchors max_size'),
     ('2 or more', lambda v: v >= 2, 'mega'),
     ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every hold'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
@@ -488,7 +488,8 @@ def plan(c:Config) -> Plan:
     train = [w.numel()*w.element_size() for w in model.parameters() if w.requires_grad]
     weights = sum(w.numel()*w.element_size() for w in model.parameters())
     seconds = min((b - a for a, b in zip(times, times[1:])), default=float('nan')) # one of them may hold a validation
-    return Plan(c, learn.dls.splits, model.grid, size(model.encoder), size(model.tasks), len(learn.dls.train), seconds,
+    heads = sum(w.numel() for n, w in model.named_parameters() if not n.startswith(('encoder.', 'teacher.', 'ema.')))
+    return Plan(c, learn.dls.splits, model.grid, size(model.encoder), heads, len(learn.dls.train), seconds,
                 weights + 3*sum(train) + kept[0]//2, model)
 
 # %% ../nbs/39_training.ipynb #f30f65bd
@@ -539,7 +540,7 @@ def train(c:Config=None, # what to do
         c = config_of(run).but(**device)
         learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None,
                              recipe=recipe_of(run))
-        _same_data(run, learn.dls.splits)
+        same_data(run, learn.dls.splits)
     else:
         c = settle(c.but(**device))
         folder = same_for_all(_folder(c)) if several else _folder(c)
@@ -571,7 +572,7 @@ def train(c:Config=None, # what to do
     if several: torch.distributed.barrier()
     return run
 
-def _same_data(run, splits):
+def same_data(run:Run, splits):
     "Raises ValueError where the data is not what a run began with"
     def changed(then, now, what=''):
         if not (isinstance(then, dict) and isinstance(now, dict)): return '' if then == now else f'{what[2:]} was {then}, is {now}'

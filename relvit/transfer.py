@@ -13,6 +13,7 @@ from .checkpoint import write_whole
 from .detection import Detect, evaluate_detector
 from .reproduce import known_as, stage
 from .runs import provenance
+from .recipes import get_recipe
 from .training import Pretrain, change_recipe
 
 # %% auto #0
@@ -99,8 +100,8 @@ class Transfer:
     def __post_init__(self):
         if self.row is None: object.__setattr__(self, 'row', next(iter(TABLES[self.table])))
         known_as(f'row of {self.table}', self.row, TABLES[self.table])
-        if self.method == 'supervised' and self.mega: raise ValueError('mega: the supervised row asks about no relations')
-        change_recipe(self.recipe, self.recipe_args)
+        if self.method == 'supervised' and (self.mega or self.permute): raise ValueError(f'{"mega" if self.mega else "permute"}: the supervised row asks about no relations')
+        change_recipe(self.recipe, self.recipe_args), get_recipe(self.pretrain_recipe)
 
     @property
     def printed(self) -> Printed: return TABLES[self.table][self.row]
@@ -122,11 +123,13 @@ class Transfer:
         return '-'.join([self.table, self.row, *data, *flags, *said, f'seed{self.seed}']).replace('/', '_')
 
 # %% ../nbs/65_transfer.ipynb #15033cb8
-def _list_images(t, path):
-    "A CSV of the training images, for `Pretrain`"
-    files = open_boxes(t.data, t.printed.format).train.files
-    table = pd.DataFrame(dict(file=[str(Path(f).resolve()) for f in files], label=''))
-    return write_whole(path, lambda f: table.to_csv(f, index=False))
+def _images(t):
+    "The training images without their boxes, for `Pretrain`; one in a hundred, but two at least, is held out to look at"
+    if t.data == 'shapes': return dict(data='shapes')
+    train = open_boxes(t.data, t.printed.format, check=False).train
+    table = pd.DataFrame(dict(file=[str(Path(f).resolve()) for f in train.files], label=''))
+    path = write_whole(t.runs/f'{t.name}-images.csv', lambda f: table.to_csv(f, index=False))
+    return dict(data=str(t.data), labels=str(path.resolve()), valid=max(.01, 2/len(train)), flip=train.flip, scale=.08)
 
 def configs(t:Transfer) -> list:
     "A configuration a stage; the second starts from the first"
@@ -136,9 +139,7 @@ def configs(t:Transfer) -> list:
     relations = dict(permute=t.permuted, mega=t.side if t.mega else None)
     out = []
     if 'pretrain' in t.stages:
-        images = dict(data='shapes') if t.data == 'shapes' else dict(
-            data=str(t.data), labels=str(_list_images(t, t.runs/f'{t.name}-images.csv').resolve()), scale=.08)
-        out.append(Pretrain(**common, **encoder, **images, **relations, recipe=t.pretrain_recipe, epochs=t.pretrain_epochs, bs=t.pretrain_bs,
+        out.append(Pretrain(**common, **encoder, **_images(t), **relations, recipe=t.pretrain_recipe, epochs=t.pretrain_epochs, bs=t.pretrain_bs,
                             name=f'{t.name}-pretrain'))
     start = dict(init=str(t.runs/f'{t.name}-pretrain'/'last.safetensors')) if out else encoder
     joint = dict(tasks=('relations', 'positions'), **relations) if t.method == 'relvit' and not t.upstream else {}
@@ -156,8 +157,11 @@ def transfer(t:Transfer, tell='notebook' # see `train`
         runs.append(stage(c, tell))
         if not runs[-1].summary: return {}
     part = 'test' if 'images' in runs[-1].data['parts']['reported on'] else 'valid'
-    e, printed = evaluate_detector(runs[-1], part), t.printed.ap.get(t.key)
-    record = dict(table=t.table, row=t.row, data='shapes' if t.data == 'shapes' else t.printed.format, flags=t.key, kind=t.kind, seed=t.seed, part=part, said=e.part,
+    e, kind = evaluate_detector(runs[-1], part), 'faster' if t.kind == 'mask' and not runs[-1].data['masks'] else t.kind
+    same = t.data != 'shapes' and not t.encoder_args and t.p in (None, 32) and t.img_size == 224 and part == 'test' # what was printed is about that
+    printed = t.printed.ap.get(t.key) if same else None
+    settings = {k: getattr(t, k) for k in ('min_size', 'max_size', 'width', 'anchors', 'accumulate', 'amp', 'side')}
+    record = dict(table=t.table, row=t.row, data='shapes' if t.data == 'shapes' else t.printed.format, flags=t.key, kind=kind, settings=settings, seed=t.seed, part=part, said=e.part,
                   scores=e.scores, classes=e.classes, beside=e.beside, images=e.images, printed=printed,
                   steps=[r.metrics[-1]['step'] for r in runs], batch=[r.config['bs'] for r in runs], recipes=[r.recipe for r in runs],
                   seconds=round(sum(m['seconds'] for r in runs for m in r.metrics)), encoder=[t.printed.encoder, *t.encoder_args], p=t.p, img_size=t.img_size, **provenance())
@@ -173,7 +177,7 @@ def transfer_table(folder # of `transfer`
     groups = {}
     for f in files:
         r = json.loads(f.read_text())
-        groups.setdefault(json.dumps([r[k] for k in ('table', 'row', 'data', 'flags', 'kind', 'steps', 'batch', 'recipes', 'encoder', 'p', 'img_size', 'part')]), []).append(r)
+        groups.setdefault(json.dumps([r[k] for k in ('table', 'row', 'data', 'flags', 'kind', 'settings', 'steps', 'batch', 'recipes', 'encoder', 'p', 'img_size', 'part')]), []).append(r)
     rows = []
     for rs in groups.values():
         r, ap = rs[0], [100*r['scores']['map'] for r in rs]
