@@ -16,7 +16,7 @@ from relvit.data import digits_dls
 from relvit.datasets import digits
 from relvit.learner import finetune_learner, pretrain_learner
 from relvit.recipes import RECIPES
-from relvit.reproduce import METHODS, TABLE1, Reproduction, _stage, compare_rows, reproduce
+from relvit.reproduce import METHODS, TABLE1, Reproduction, stage, compare_rows, reproduce
 from relvit.runs import Run
 from relvit.training import Finetune, Joint, Pretrain, change_recipe, load_model, make_learner, recipe_of, settle, train
 
@@ -203,7 +203,7 @@ def test_a_stopped_row_goes_on(svhn, tmp_path):
     assert not quietly(r.configs()[0], cbs=[Halt()]).summary
     record = reproduce(r, tell='nothing')
     assert record['seen'] == 24*2*2*2 and reproduce(r, tell='nothing')['accuracy'] == record['accuracy'] # nothing is trained twice
-    with pytest.raises(ValueError, match='is of another seed: 0, not 1'): _stage(r.configs()[0].but(seed=1), 'nothing')
+    with pytest.raises(ValueError, match='is of another seed: 0, not 1'): stage(r.configs()[0].but(seed=1), 'nothing')
 
 
 def test_the_commands(tmp_path, capsys, monkeypatch):
