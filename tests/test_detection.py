@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from relvit.boxes import box_dls, open_boxes, shapes_set
 from relvit.checkpoint import export_timm, load_encoder
 from relvit.detection import Detect, detect_files, detect_learner, evaluate_detector, load_detector, usual_boxes
+from relvit.plots import plt
 from relvit.runs import Run
 from relvit.shapes import SHAPES, make_shapes
 from relvit.tokens import TokenEncoder
@@ -170,6 +171,7 @@ def test_the_learner_is_fastai_s(coco):
         values = dict(zip(learn.recorder.metric_names[2:], learn.validate()))
     assert {'map', 'map50', 'map75'} <= set(values) and all(0 <= values[k] <= 1 for k in ('map', 'map50', 'map75'))
     assert len(learn.show_results(max_n=2).axes) >= 4
+    plt.close('all')
     with pytest.raises(ValueError, match='mega'): detect_learner(learn.dls, learn.model.encoder, mega=3)
 
 
