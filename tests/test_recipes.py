@@ -213,7 +213,7 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     assert Path('both.png').read_bytes()[:4] == b'\x89PNG'
     assert main(['recipes']) == 0
     assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == set(RECIPES)
-    assert main(['reproduce', 'table2']) == 2 and 'there is table1' in capsys.readouterr().err
+    assert main(['reproduce', 'table4']) == 2 and 'there are table1' in capsys.readouterr().err
 
 
 def test_other_runs_are_other_lines(tmp_path):
