@@ -609,7 +609,7 @@ def load_model(run, # `Run` or its folder
     return model.eval()
 
 @singledispatch
-def empty_model(c:Config, encoder, data:dict): # of `Run.data`
+def empty_model(c:Config, encoder, data:dict): # what the run folder says about it
     "The model that a configuration trains, around an encoder"
     vocab = data['classes']
     if isinstance(c, Finetune): tasks = [Classification(len(vocab), c.pool)]
