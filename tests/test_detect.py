@@ -310,10 +310,10 @@ def test_tasks_see_patches_where_they_are_given():
 
 
 def test_labels_reach_the_classifier_and_targets_do_not():
-    model, (images, targets) = detector(tasks=[Classification(3)]), scenes()
+    model, (images, targets) = detector(tasks=[Classification(3, zero=False)]), scenes()
     said = losses(model, images, targets, x=torch.stack(images))
     y = torch.tensor([0, 1, 2])
-    assert model.loss(said, targets, y) == model.loss(said, y)
+    assert model.loss(said, targets, y) == model.loss(said, y) != model.loss(said, y.roll(1))
 
 
 def test_a_teacher_beside():
