@@ -5,7 +5,6 @@
 # %% ../nbs/42_boxes.ipynb #8722a68e
 from __future__ import annotations
 import json, torch, warnings, numpy as np
-from dataclasses import dataclass, field
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.basics import patch
@@ -13,19 +12,17 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.transforms.v2.functional import crop as cut
 from .data import ImageLoader, seed_of
-from .datasets import Splits, _sized
-from .images import ImageFiles, Images, Unreadable, _threads, as_rgb, only_readable
+from .datasets import Parts, VOC, voc_home
+from .images import StoredImages, hold_out, looked_at, pixel_statistics, stored_image, stored_size
+from .label_maps import COLOURS
 from .plots import plt, show_image, to_rgb
 from .shapes import SEEDS, SHAPES, make_shapes
 
 # %% auto #0
-__all__ = ['COLOURS', 'VOC', 'KITTI', 'FORMATS', 'show_boxes', 'stored_kind', 'stored_image', 'decode_masks', 'BoxSet', 'box_set',
-           'shapes_set', 'flip_boxes', 'crop_boxes', 'BoxLoader', 'read_voc', 'read_coco', 'read_kitti', 'read_svhn',
-           'BoxSplits', 'hold_out', 'pixel_statistics', 'box_dls', 'open_boxes']
+__all__ = ['KITTI', 'FORMATS', 'show_boxes', 'decode_masks', 'BoxSet', 'box_set', 'shapes_set', 'flip_boxes', 'crop_boxes',
+           'BoxLoader', 'read_voc', 'read_coco', 'read_kitti', 'read_svhn', 'BoxSplits', 'box_dls', 'open_boxes']
 
 # %% ../nbs/42_boxes.ipynb #d6b74153
-COLOURS = '#e69f00', '#56b4e9', '#009e73', '#f0e442', '#0072b2', '#d55e00', '#cc79a7' # Okabe and Ito, 2008
-
 def _say(ax, left, top, text, colour):
     "A line of text at a corner of a box, inside of the picture"
     ink = 'k' if np.dot(to_rgb(colour), (.3, .59, .11)) > .45 else 'w'
@@ -62,29 +59,6 @@ def show_boxes(image:Tensor, # (3,H,W)
     return ax
 
 # %% ../nbs/42_boxes.ipynb #3d4532ca
-def stored_kind(im # PIL image
-               ) -> str: # '', 'grey', 'turned' or both
-    "What is special about how an image is stored"
-    grey = im.mode in ('1', 'L', 'LA', 'La') or im.mode[0] in 'IF'
-    turned = 'exif' in im.info and im.getexif().get(274, 1) != 1 # without, a PNG would be decoded to look for it
-    return ('grey '*grey + 'turned'*turned).strip()
-
-def stored_image(path) -> tuple[Tensor, str]: # (3,H,W) uint8; see `stored_kind`
-    "A file's pixels in colour, not turned by EXIF. Raises `Unreadable` for what is no image, FileNotFoundError"
-    from PIL import Image, UnidentifiedImageError
-    try:
-        with Image.open(path) as im:
-            im.load()
-            said = stored_kind(im)
-            im.getexif()[274] = 1
-            x = np.array(as_rgb(im))
-    except FileNotFoundError: raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        why = 'this is no image, or of a kind that PIL does not know' if isinstance(e, UnidentifiedImageError) else str(e)
-        raise Unreadable(f'{path} cannot be read as an image: {why}', why) from e
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous(), said
-
-# %% ../nbs/42_boxes.ipynb #e0d4829d
 def _coco():
     try: from pycocotools import mask
     except ImportError as e: raise ImportError('COCO masks need pycocotools: pip install "relvit[detect]"') from e
@@ -113,9 +87,10 @@ def decode_masks(sources, # of each object of an image: polygons [[x,y,x,y,...]]
     columns = torch.from_numpy(_coco().decode([_runs(s, h, w) for s in sources])) # column after column
     return columns.permute(2, 1, 0).view(torch.bool).transpose(1, 2).contiguous()
 
-# %% ../nbs/42_boxes.ipynb #824773a3
-class BoxSet:
+# %% ../nbs/42_boxes.ipynb #f897bf24
+class BoxSet(StoredImages):
     "Images with boxes, classes and perhaps masks, decoded when a batch asks for them. Raises ValueError for a table that does not fit"
+    holds = 'boxes'
     def __init__(self, name:str, vocab, # names of the classes, label 1 first
                  files, # paths, or uint8 images (3,H,W)
                  sizes, # (n,2) height and width of each image in pixels
@@ -127,24 +102,20 @@ class BoxSet:
                  flip=True, # may images be mirrored?
                  counts=None, # kind -> (n,) further things to report of each image
                  skipped=None): # file -> why it was left out
-        self.name, self.vocab, self.files, self.flip, self.skipped = name, list(vocab), list(files), flip, skipped or {}
-        self.sizes, self.of = torch.as_tensor(sizes).long().view(-1, 2), torch.as_tensor(of).long()
+        super().__init__(name, vocab, files, sizes, flip, counts, skipped)
+        self.of = torch.as_tensor(of).long()
         self.boxes, self.labels = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4), torch.as_tensor(labels).long()
         none = torch.zeros(len(self.of), dtype=torch.bool)
         self.crowd, self.difficult = (none.clone() if t is None else torch.as_tensor(t).bool() for t in (crowd, difficult))
         self.masks = masks
-        self.counts = {k: torch.as_tensor(v).long() for k, v in (counts or {}).items()}
         tables = [len(t) for t in (self.of, self.boxes, self.labels, self.crowd, self.difficult, *([masks] if masks is not None else []))]
-        if len(set(tables)) > 1 or len(self.sizes) != len(self.files):
-            raise ValueError(f'{len(self.files)} files, {len(self.sizes)} sizes; boxes, labels and the rest of objects are {tables}')
+        if len(set(tables)) > 1: raise ValueError(f'boxes, labels and the rest of objects are {tables}')
         self._mend()
 
-    def __len__(self): return len(self.files)
     @property
     def has_masks(self): return self.masks is not None
-    def name_of(self, i): return f'{self.name} {int(i)}' if torch.is_tensor(self.files[i]) else str(self.files[i])
 
-# %% ../nbs/42_boxes.ipynb #6604a07a
+# %% ../nbs/42_boxes.ipynb #da2f4d2c
 @patch
 def _count(self:BoxSet, kind, rows):
     "Note for each image how many of its objects `rows` marks"
@@ -176,17 +147,7 @@ def _mend(self:BoxSet):
     if not within.all(): self._rows(within)
     self.first = torch.searchsorted(self.of, torch.arange(len(self) + 1)) # row of the first object of each image
 
-# %% ../nbs/42_boxes.ipynb #a3a5ff50
-@patch
-def read(self:BoxSet, i:int) -> Tensor: # (3,H,W) uint8
-    "The pixels of an image. Raises ValueError where they are not of the size that its boxes were drawn for"
-    f = self.files[i]
-    if torch.is_tensor(f): return f
-    x, _ = stored_image(f)
-    if list(x.shape[1:]) != self.sizes[i].tolist():
-        raise ValueError(f'{f} has {x.shape[2]} x {x.shape[1]} pixels, its boxes are of {self.sizes[i, 1]} x {self.sizes[i, 0]}')
-    return x
-
+# %% ../nbs/42_boxes.ipynb #0b476292
 @patch
 def target(self:BoxSet, i:int) -> dict:
     "What is true of an image"
@@ -196,26 +157,9 @@ def target(self:BoxSet, i:int) -> dict:
     return t | dict(image_id=torch.tensor(i))
 
 @patch
-def __getitem__(self:BoxSet, i):
-    i = range(len(self))[int(i)]
-    return self.read(i), self.target(i)
-
-@patch
-def batch(self:BoxSet, idxs) -> tuple[list, list]: # images, targets
-    "Images of any size and their targets; files are decoded side by side"
-    idxs = torch.as_tensor(idxs).tolist()
-    memory = all(torch.is_tensor(self.files[i]) for i in idxs)
-    got = [self[i] for i in idxs] if memory else _threads(lambda j: self[idxs[j]], len(idxs), self.name)
-    return [x for x, _ in got], [t for _, t in got]
-
-@patch
 def subset(self:BoxSet, idxs) -> BoxSet:
     "Some of the images, in the order of `idxs`"
-    idxs = torch.as_tensor(idxs).long()
-    new = BoxSet.__new__(type(self))
-    new.__dict__ |= self.__dict__
-    new.files, new.sizes = [self.files[i] for i in idxs.tolist()], self.sizes[idxs]
-    new.counts = {k: v[idxs] for k, v in self.counts.items()}
+    idxs, new = torch.as_tensor(idxs).long(), StoredImages.subset(self, idxs)
     n = self.first.diff()[idxs]
     rows = torch.repeat_interleave(self.first[idxs] - n.cumsum(0) + n, n) + torch.arange(int(n.sum()))
     new._rows(rows)
@@ -223,16 +167,15 @@ def subset(self:BoxSet, idxs) -> BoxSet:
     new.first = torch.cat([n.new_zeros(1), n.cumsum(0)])
     return new
 
-# %% ../nbs/42_boxes.ipynb #99c035d1
+# %% ../nbs/42_boxes.ipynb #824773a3
 @patch
 def report(self:BoxSet) -> dict: # plain data, for the record of a run
     "How many images and objects there are, of which class, and what was mended"
     true = ~self.crowd
     per_class = self.labels[true].bincount(minlength=len(self.vocab) + 1)[1:].tolist()
-    counts = {k: int(v.sum()) for k, v in self.counts.items() if v.any()}
     return dict(name=self.name, images=len(self), objects=int(true.sum()), classes=dict(zip(self.vocab, per_class)),
                 crowds=int(self.crowd.sum()), difficult=int(self.difficult.sum()), empty=int((self.first.diff() == 0).sum()),
-                masks=self.has_masks, mended=counts, skipped={str(f): why for f, why in self.skipped.items()})
+                masks=self.has_masks, mended=self.mended, skipped={str(f): why for f, why in self.skipped.items()})
 
 @patch
 def _words(self:BoxSet):
@@ -241,11 +184,6 @@ def _words(self:BoxSet):
     rest = [many('crowds', 'crowd')]*bool(r['crowds']) + [f'{r["difficult"]:,} difficult']*bool(r['difficult'])
     rest += [many('empty', 'image') + ' without any']*bool(r['empty'])
     return ', '.join([many('images', 'image'), many('objects', 'object') + ' with masks'*r['masks'], *rest])
-
-@patch
-def _notes(self:BoxSet):
-    "Lines on what was mended"
-    return [f'{k}: {n:,}' for k, n in (self.report()['mended'] | {'unreadable files, left out': len(self.skipped)}).items() if n]
 
 @patch
 def __repr__(self:BoxSet):
@@ -258,7 +196,7 @@ def show(self:BoxSet, i:int=0, size=3, **kwargs):
     image, target = self[i]
     return show_boxes(image, target, self.vocab, size=size, title=Path(self.name_of(i)).name, **kwargs).figure
 
-# %% ../nbs/42_boxes.ipynb #4a103719
+# %% ../nbs/42_boxes.ipynb #a3a5ff50
 def box_set(name:str, vocab, # names of the classes, label 1 first
             images, # uint8 images (3,H,W), or paths
             targets, # of each: boxes, labels; masks, crowd, difficult where there are some
@@ -280,7 +218,7 @@ def shapes_set(n=64, # scenes
     images, targets = make_shapes(n, size, seed, **kwargs)
     return box_set('shapes', kwargs.get('classes', SHAPES), list(images), targets)
 
-# %% ../nbs/42_boxes.ipynb #5b5616ed
+# %% ../nbs/42_boxes.ipynb #851302ce
 def flip_boxes(image:Tensor, # (3,H,W)
                target:dict) -> tuple[Tensor, dict]:
     "An image and what is true of it, mirrored left to right"
@@ -304,7 +242,7 @@ def crop_boxes(image:Tensor, # (3,H,W)
     if 'masks' in t: t['masks'] = cut(t['masks'], top, left, height, width)
     return cut(image, top, left, height, width), t
 
-# %% ../nbs/42_boxes.ipynb #33d521ca
+# %% ../nbs/42_boxes.ipynb #b33b17fa
 class BoxLoader(ImageLoader):
     """Batches (list of images, list of targets) of a `BoxSet`, on the device. As `ImageLoader`: `epoch` is the number of the next pass,
     which begins with batch `first`; order and augmentation depend on `seed`, the epoch and the batch alone"""
@@ -336,7 +274,7 @@ class BoxLoader(ImageLoader):
         images, targets = zip(*[self.augmented(x, t, rng) for x, t in zip(images, targets)])
         return list(images), list(targets)
 
-# %% ../nbs/42_boxes.ipynb #1a92bf2a
+# %% ../nbs/42_boxes.ipynb #76c70d03
 @patch
 def show_batch(self:BoxLoader, max_n=4, size=2.2, **kwargs):
     "Draw the first images of a batch with their boxes"
@@ -346,51 +284,25 @@ def show_batch(self:BoxLoader, max_n=4, size=2.2, **kwargs):
     for ax, x, t in zip(axs[0], images, targets): show_boxes(x, t, self.dataset.vocab, ax, **kwargs)
     return fig
 
-# %% ../nbs/42_boxes.ipynb #f964c4a6
-class _Look(ImageFiles):
-    "Files whose height, width and kind are noted as they are read"
-    def __init__(self, files, name, whole, seen): 
-        super().__init__(files, [-1]*len(files), [], 0, name)
-        self.whole, self.seen = whole, seen
-
-    def subset(self, idxs): return _Look([self.files[i] for i in idxs.tolist()], self.name, self.whole, self.seen)
-    def read(self, i):
-        from PIL import Image
-        f = self.files[i]
-        if self.whole: x, kind = stored_image(f)
-        else:
-            try:
-                with Image.open(f) as im: x, kind = np.empty((3, im.height, im.width), bool), stored_kind(im)
-            except (OSError, ValueError, SyntaxError) as e: raise Unreadable(f'{f} cannot be read as an image: {e}', str(e)) from e
-        self.seen[f] = *x.shape[1:], kind
-
+# %% ../nbs/42_boxes.ipynb #c46958ba
 def _made(name, vocab, files, of, boxes, labels, sizes=None, check=True, most_unreadable=0, **kwargs):
     "A `BoxSet` of files that were looked at; `sizes` are (height, width) as the annotation says, 0 = it does not"
-    if not files: raise ValueError(f'{name} has no image')
-    gone = [f for f in files if not f.is_file()]
-    if gone: raise FileNotFoundError(f'{len(gone)} of {len(files)} images of {name} are not there, such as {gone[0]}')
-    look = only_readable(_Look(files, name, check, {}), most_unreadable)
-    found = [look.seen.get(f, (0, 0, '')) for f in files]
+    def look(f):
+        if not check: return stored_size(f)
+        x, kind = stored_image(f)
+        return *x.shape[1:], kind
+    found, skipped = looked_at(files, name, look, most_unreadable)
+    found = [s or (0, 0, '') for s in found]
     for f, (h, w, _), (sh, sw) in zip(files, found, [] if sizes is None else sizes):
         if h and sh and sw and (h, w) != (sh, sw):
             raise ValueError(f'{f} has {w} x {h} pixels, its annotation is of {sw} x {sh}: the boxes would be elsewhere')
     kinds = dict(grey='images that were grey', turned='images that EXIF turns, left as stored')
     counts = {said: [word in k for *_, k in found] for word, said in kinds.items()}
-    ds = BoxSet(name, vocab, files, [s[:2] for s in found], of, boxes, labels, counts=counts, skipped=look.skipped, **kwargs)
-    return ds.subset([i for i, (h, *_) in enumerate(found) if h]) if look.skipped else ds
+    ds = BoxSet(name, vocab, files, [s[:2] for s in found], of, boxes, labels, counts=counts, skipped=skipped, **kwargs)
+    return ds.subset([i for i, (h, *_) in enumerate(found) if h]) if skipped else ds
 
-# %% ../nbs/42_boxes.ipynb #246ffe0b
-VOC = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train '
-       'tvmonitor').split()
-
+# %% ../nbs/42_boxes.ipynb #8fb42e75
 def _below(root, *places): return next((Path(root)/p for p in places if (Path(root)/p).exists()), None)
-
-def _voc_root(root, year=None):
-    "The folder of a year, at or below `root`; None if there is none"
-    found = [p.parent.parent for at in ('', 'VOC*/', 'VOCdevkit/VOC*/') for p in sorted(Path(root).glob(f'{at}ImageSets/Main'))]
-    if year: found = [f for f in found if f.name == f'VOC{year}']
-    if len(found) > 1: raise ValueError(f'{root} holds {", ".join(f.name for f in found)}; say which with year=')
-    return found[0] if found else None
 
 def _parts(root): return sorted(p.stem for p in (root/'ImageSets/Main').glob('*.txt') if '_' not in p.stem)
 
@@ -408,7 +320,7 @@ def _voc_file(path):
     except (ElementTree.ParseError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f'{path} is no annotation of VOC: {e}') from e
 
-# %% ../nbs/42_boxes.ipynb #9c9f60b8
+# %% ../nbs/42_boxes.ipynb #f964c4a6
 def read_voc(root, # folder `VOC2007`, or one that holds it
              part='train', # a file of ImageSets/Main
              year=None, # which, where there are several
@@ -417,7 +329,7 @@ def read_voc(root, # folder `VOC2007`, or one that holds it
              **kwargs # check, most_unreadable
             ) -> BoxSet:
     "Pascal VOC, or a data set in its layout"
-    if (home := _voc_root(root, year)) is None: raise FileNotFoundError(f'{root} holds no folder with ImageSets/Main and Annotations')
+    if (home := voc_home(root, year)) is None: raise FileNotFoundError(f'{root} holds no folder with ImageSets/Main and Annotations')
     if part not in _parts(home): raise ValueError(f'{home} has no part {part!r}; there are {", ".join(_parts(home))}')
     ids = [line.split()[0] for line in (home/f'ImageSets/Main/{part}.txt').read_text().splitlines() if line.strip()]
     if masks and not (home/'SegmentationObject').is_dir():
@@ -434,7 +346,7 @@ def read_voc(root, # folder `VOC2007`, or one that holds it
     labels = [place.get(r[2], -1) for r in rows]
     return _made(f'{home.name} {part}', vocab, files, of, boxes, labels, sizes, difficult=hard, masks=sources, **kwargs)
 
-# %% ../nbs/42_boxes.ipynb #d38398af
+# %% ../nbs/42_boxes.ipynb #2f32eb8d
 def _polygon(s):
     "A segmentation with coordinates as arrays, an eighth of the memory"
     return [np.asarray(p, dtype=np.float32) for p in s] if isinstance(s, list) else s
@@ -470,7 +382,7 @@ def read_coco(root, # a folder with `annotations/instances_<part>.json` and `<pa
 
 def _coco_parts(root): return sorted(p.stem[10:] for p in Path(root).glob('annotations/instances_*.json'))
 
-# %% ../nbs/42_boxes.ipynb #6bb15770
+# %% ../nbs/42_boxes.ipynb #72161f91
 KITTI = 'Car Van Truck Pedestrian Person_sitting Cyclist Tram Misc'.split()
 
 def _kitti_root(root): return _below(root, *(f'{at}training/label_2' for at in ('', 'raw/', 'Kitti/raw/')))
@@ -493,7 +405,7 @@ def read_kitti(root, # a folder with `training/image_2` and `training/label_2`, 
     return _made('KITTI', KITTI, [stored.get(f.stem, home.parent/f'image_2/{f.stem}.png') for f in notes], [r[0] for r in rows],
                  [r[2] for r in rows], [label.get(r[1], -1) for r in rows], **kwargs)
 
-# %% ../nbs/42_boxes.ipynb #ae7504ef
+# %% ../nbs/42_boxes.ipynb #6bb15770
 def _digits(path):
     "Name, and left, top, width, height and class of each digit, of every image of a digitStruct.mat"
     try: import h5py
@@ -535,81 +447,16 @@ def read_svhn(root, # a folder with `train`, `test` and perhaps `extra`, or one 
     boxes, y = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1), rows[:, 4].astype(int) % 10 + 1
     return _made(f'SVHN {part}', list('0123456789'), [f for f, _ in found], of, boxes, y, flip=False, **kwargs)
 
-# %% ../nbs/42_boxes.ipynb #d53dc3d6
-@dataclass
-class BoxSplits:
-    "Sets to train on, to choose on and to report on"
-    train:BoxSet
-    valid:BoxSet
-    test:BoxSet = None
-    said:dict = field(default_factory=dict) # part -> where it comes from, in words
-    format:str = '' # what it was read as
-    fit:str = None # of whole images there is none
-    in_use:dict = field(default_factory=dict) # how it was opened
-
-    @property
-    def vocab(self): return self.train.vocab
-    @property
-    def name(self): return self.train.name
+# %% ../nbs/42_boxes.ipynb #ae7504ef
+class BoxSplits(Parts):
+    "Sets of boxes to train on, to choose on and to report on"
     @property
     def has_masks(self): return self.train.has_masks
     @property
-    def parts(self): return {'trained on': self.train, 'chosen on': self.valid, 'reported on': self.test}
+    def _holds(self): return 'boxes and masks' if self.has_masks else 'boxes'
+    def report(self) -> dict: return super().report() | dict(masks=self.has_masks) # plain data, for the record of a run
 
-    def report(self) -> dict: # plain data, for the record of a run
-        "What is trained on, chosen on and reported on, and what was mended there"
-        return dict(name=self.name, classes=self.vocab, format=self.format, fit=None, masks=self.has_masks,
-                    parts={k: dict(said=self.said.get(k, ''), **(ds.report() if ds is not None else {})) for k, ds in self.parts.items()},
-                    opened=self.in_use)
-
-    def __repr__(self):
-        lines = [f'{self.name}: {len(self.vocab)} classes, boxes{" and masks"*self.has_masks}, read as {self.format}']
-        for k, ds in self.parts.items():
-            lines.append(f'  {k:<12}' + (ds._words() + ': ' if ds is not None else '') + self.said.get(k, 'nothing'))
-            lines += [f'  {"":<12}{note}' for note in (ds._notes() if ds is not None else ())]
-        return '\n'.join(lines)
-
-def hold_out(ds:BoxSet, share=.1, # of the images; a number above 1 counts them
-             seed=0) -> tuple[BoxSet, BoxSet]: # (rest, held out)
-    "Images at random, by a seed and nothing else. Raises ValueError where nothing would be left"
-    k = max(round(share if share > 1 else share*len(ds)), 1)
-    if k >= len(ds): raise ValueError(f'{k} images cannot be held out of the {len(ds)} of {ds.name}')
-    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
-    return ds.subset(order[k:].sort().values), ds.subset(order[:k].sort().values)
-
-# %% ../nbs/42_boxes.ipynb #5a1d588e
-@patch
-def as_images(self:BoxSet, side:int # pixels of a side: the middle square of each image
-             ) -> Images: # `ImageFiles` where the set is of files
-    "The same images without their boxes, to pretrain on"
-    if not torch.is_tensor(self.files[0]): return ImageFiles(self.files, [-1]*len(self), [], side, self.name)
-    from torchvision.transforms.v2.functional import center_crop, resize
-    def square(x):
-        x = center_crop(x, min(x.shape[1:]))
-        return x if x.shape[-1] == side else resize(x, [side, side], antialias=True)
-    return Images(torch.stack([square(x) for x in self.files]), name=self.name)
-
-@patch
-def pretraining(self:BoxSplits, img_size=224, # pixels of a side
-                p:int=None # pixels of a side of a patch; a seventh of the picture or so if None
-               ) -> Splits:
-    "What `make_dls` feeds: exactly the images that the detector is trained on, and those that it is chosen on, without boxes"
-    side = img_size if torch.is_tensor(self.train.files[0]) else round(img_size*8/7)
-    said = {k: f'{v}, without boxes' for k, v in self.said.items() if k != 'reported on'}
-    return Splits(self.train.as_images(side), self.valid.as_images(side), None, said, img_size,
-                  p or _sized(img_size, {224: (32, None, None)})[0], flip=self.train.flip, in_use=self.in_use)
-
-# %% ../nbs/42_boxes.ipynb #35c5f2ef
-def pixel_statistics(ds:BoxSet, most=256 # images to look at
-                    ) -> tuple[list, list]: # of each channel, in [0,1]
-    "Mean and standard deviation of the pixels, each image counting the same"
-    def moments(i):
-        x = ds.read(i).flatten(1).float()/255
-        return torch.stack([x.mean(1), (x*x).mean(1)])
-    some = range(0, len(ds), -(-len(ds)//most))
-    mean, square = torch.stack(list(_threads(lambda j: moments(some[j]), len(some), ds.name))).mean(0)
-    return [round(v, 4) for v in mean.tolist()], [round(max(v, 1e-3), 4) for v in (square - mean**2).clamp(min=0).sqrt().tolist()]
-
+# %% ../nbs/42_boxes.ipynb #79e555a1
 def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
             bs=8, # images of a batch
             flip:float=None, # share of training images that are mirrored; half, where the data allows it, if None
@@ -632,9 +479,9 @@ def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
     dls.mean, dls.std = pixel_statistics(s.train)
     return dls
 
-# %% ../nbs/42_boxes.ipynb #45a8c9f4
+# %% ../nbs/42_boxes.ipynb #b02660af
 def _open_voc(root, valid, seed, year=None, **kwargs):
-    home = _voc_root(root, year)
+    home = voc_home(root, year)
     train = read_voc(home, 'train', **kwargs)
     kwargs |= dict(vocab=train.vocab)
     said = {'trained on': 'its train.txt', 'chosen on': 'its val.txt', 'reported on': 'its test.txt'}
@@ -664,7 +511,7 @@ def _open_coco(root, valid, seed, year='', **kwargs):
             'reported on': f'{test.name}, its labelled validation images' if test is not None else 'nothing: it has no val part'}
     return BoxSplits(rest, held, test, said)
 
-# %% ../nbs/42_boxes.ipynb #1eb8225e
+# %% ../nbs/42_boxes.ipynb #d53dc3d6
 def _open_kitti(root, valid, seed, share=.75, **kwargs): # of the labelled images that is not reported on
     train, test = hold_out(read_kitti(root, **kwargs), 1 - share, seed)
     train, held = hold_out(train, valid, seed)
@@ -683,11 +530,11 @@ def _open_shapes(n=(400, 100, 200), # scenes to train on, to choose on, to repor
     return BoxSplits(**sets, said={'trained on': "the first scenes of the training seed, which open_data('shapes') begins with too",
                                    'chosen on': 'scenes of a second seed', 'reported on': 'scenes of a third seed'})
 
-FORMATS = dict(voc=(_voc_root, _open_voc, 'ImageSets/Main'), kitti=(_kitti_root, _open_kitti, 'training/label_2'),
+FORMATS = dict(voc=(voc_home, _open_voc, 'ImageSets/Main'), kitti=(_kitti_root, _open_kitti, 'training/label_2'),
                svhn=(_svhn_root, _open_svhn, 'train/digitStruct.mat'), # where it is, who opens it, how it is known
                coco=(lambda root: Path(root) if _coco_parts(root) else None, _open_coco, 'annotations/instances_*.json'))
 
-# %% ../nbs/42_boxes.ipynb #faaec9d1
+# %% ../nbs/42_boxes.ipynb #5a1d588e
 def open_boxes(data, # folder, or 'shapes'
                format:str=None, # 'voc', 'coco', 'kitti', 'svhn'; seen from the folder if None
                valid=.1, # share of the training images that is held out to choose on, where no part of its own is for that

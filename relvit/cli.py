@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse, difflib, json, os, platform, shutil, subprocess, sys, warnings
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
@@ -30,18 +31,23 @@ def _run(name):
     from relvit.runs import Run
     there = Path('runs')/name
     run = Run(there if (there/'config.json').is_file() and not (Path(name)/'config.json').is_file() else name)
-    if run.config.get('mode') == 'detect': import relvit.detection # noqa: F401 so that its mode is known
+    _know(run.config.get('mode'))
     return run
+
+def _know(mode):
+    "Import the page that adds a mode"
+    from relvit.training import ELSEWHERE
+    if mode in ELSEWHERE: import_module(ELSEWHERE[mode])
 
 MORE = """
 --config FILE reads options from YAML, and options given here override it.
---init RUN, or --from RUN, starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said (detect: name the data).
+--init RUN, or --from RUN, starts with the encoder of a run (or of a .safetensors file), and takes its data too where nothing else is said (detect, segment: name the data).
 --dry-run shows what would be run: data, token grid, parameters, memory, time.
 --resume RUN goes on exactly where a run folder was left, and takes no other option."""
 
 def _train(mode, argv):
     from relvit.training import MODES, config_of, plan, train
-    if mode == 'detect': import relvit.detection # noqa: F401 which adds its mode
+    _know(mode)
     kind, (early, rest) = MODES[mode], _options(argv)
     if early.resume:
         other = rest + [f'--{k.replace("_", "-")}' for k in ('config', 'init', 'dry_run') if getattr(early, k)]
@@ -82,7 +88,7 @@ def _tell(run, mode):
 def _show(value, plain): print(value if sys.stdout.isatty() else json.dumps(plain))
 
 def _evaluate(run:Positional[Path], part:Literal['test', 'valid']='test', weights:Literal['last', 'best']='last', most:int=5000):
-    """Scores of a run on the part it is reported on, beside what guessing, pixels and a random encoder are worth; of a detector, average precision.
+    """Scores of a run on the part it is reported on, beside what guessing, pixels and a random encoder are worth; of a detector average precision, of a segmenter mIoU.
 
     Args:
         run: run folder
@@ -91,31 +97,73 @@ def _evaluate(run:Positional[Path], part:Literal['test', 'valid']='test', weight
         most: labelled training images for what stands beside
     """
     from relvit.evaluation import evaluate
-    if (run := _run(run)).config.get('mode') == 'detect': from relvit.detection import evaluate_detector as evaluate
+    if (mode := (run := _run(run)).config.get('mode')) == 'detect': from relvit.detection import evaluate_detector as evaluate
+    elif mode == 'segment': from relvit.segmentation import evaluate_segmenter as evaluate
     e = evaluate(run, part, weights, most)
     _show(e, e.asdict())
 
 def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|None=None, weights:Literal['last', 'best']='last',
              threshold:float=.5):
-    """Labels for new images, or boxes if the run trained a detector, as CSV.
+    """Labels for new images, or boxes if the run trained a detector, as CSV; class maps as PNG if it trained a segmenter.
 
     Args:
-        run: run folder, of finetune, joint or detect
+        run: run folder, of finetune, joint, detect or segment
         files: images, and folders of them
-        out: CSV file; the screen if not given
+        out: CSV file, of maps a folder; the screen if not given
         weights: last epoch, or the best on the held-out part
         threshold: lowest score of a box
     """
     from functools import partial
     from relvit.checkpoint import write_whole
     from relvit.evaluation import predict
-    if (run := _run(run)).config.get('mode') == 'detect':
+    if (mode := (run := _run(run)).config.get('mode')) == 'detect':
         from relvit.detection import detect_files
         predict = partial(detect_files, threshold=threshold)
-    table = predict(run, list(files), weights)
+    elif mode == 'segment':
+        from relvit.segmentation import segment_files
+        if out is not None and out.is_file(): raise ValueError(f'{out} is a file; maps are written into a folder')
+        predict, out = partial(segment_files, out=out), out and out/'maps.csv'
+    table = predict(run, list(files), weights=weights)
     if out is None: print(table.to_csv(index=False), end='')
     else: write_whole(out, lambda f: table.to_csv(f, index=False))
     print(f'{table.file.nunique()} images{f" in {out}" if out else ""}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
+
+def _track(encoder:Positional[str], data:Positional[Path], mask:Path|None=None, out:Path|None=None, part:str='val', context:int=7, topk:int=5,
+           radius:int=12, temperature:float=.1, short:int=480, layer:int=-1, normed:bool=False, positions:bool=True, device:str|None=None):
+    """Follow the objects of the first frame through videos, by frozen features alone. Prints J&F where there are true masks.
+
+    Args:
+        encoder: run folder, .safetensors file or name of a timm model (untrained); or pixels, or still: what an encoder has to beat
+        data: folder of DAVIS, or a folder of frames
+        mask: mask of the first frame, PNG with a number for each object; for a folder of frames
+        out: folder for the masks; a second call does only what is missing
+        part: of DAVIS
+        context: frames that are asked, besides the first
+        topk: patches that vote
+        radius: patches that an object may move in a frame
+        temperature: of the votes
+        short: pixels of a frame's short side
+        layer: block whose features are compared
+        normed: features after the last norm
+        positions: does the encoder see its positional embedding? One that was pretrained without it better not
+        device: cpu, cuda, ...; the best there is
+    """
+    from fastai.torch_core import default_device
+    from relvit.checkpoint import load_encoder
+    from relvit.tokens import TokenEncoder
+    from relvit.training import start_file
+    from relvit.video import read_video, track_objects
+    if out is None and mask is not None: raise ValueError('say where the masks shall go: --out FOLDER')
+    if encoder in ('pixels', 'still'): e = encoder
+    else:
+        there = encoder if Path(encoder).exists() or not (Path('runs')/encoder/'config.json').is_file() else f'runs/{encoder}'
+        if not Path(there).exists() and (there.endswith('.safetensors') or '/' in there): raise FileNotFoundError(f'there is no {there}')
+        e = (load_encoder(start_file(there)) if Path(there).exists() else TokenEncoder(encoder)).to(device or default_device()).eval()
+    source = read_video(data, mask) if mask is not None else data
+    plain = dict(normed=normed, layer=layer, pos_embed=None if positions else False) if not isinstance(e, str) else {}
+    args = {} if e == 'still' else dict(context=context, topk=topk, radius=radius, temperature=temperature, short=short, **plain)
+    s = track_objects(e, source, out, part, measure=mask is None, tell='bar' if sys.stderr.isatty() else 'nothing', **args)
+    _show(s if mask is None else f'masks in {out}', s.asdict())
 
 def _export(run:Positional[Path], out:Positional[Path], weights:Literal['last', 'best']='last'):
     """Weights that timm loads, and the arguments of timm.create_model beside them.
@@ -170,8 +218,9 @@ def _reproduce(argv):
     from relvit.reproduce import METHODS, TABLE1, Reproduction, reproduce
     tables, rest = [a for a in argv[:1] if not a.startswith('-')], argv
     if tables and tables[0] in ('table2', 'table3'): return _transfer(tables[0], argv[1:])
+    if tables and tables[0].startswith(('sere', 'selfpatch')): return _dense(tables[0], argv[1:])
     if tables:
-        if tables != ['table1']: raise ValueError(f'no table is called {tables[0]!r}; there are table1, table2 and table3')
+        if tables != ['table1']: raise ValueError(f'no table is called {tables[0]!r}; there are table1, table2 and table3 of RelViT, sere-table1 to 8, selfpatch-table, -neighbours, -k and -aggregation')
         rest = argv[1:]
     elif not argv: raise ValueError('say which table: relvit reproduce table1 --row cifar10 --method relvit')
     wide = lambda d: '\n'.join(f'  {n:<16}{v.says}' for n, v in d.items())
@@ -257,12 +306,14 @@ COMMANDS = dict( # name: (what it does, function of the rest of the line)
     finetune=('train an encoder on labels, from a pretrained one or from scratch', partial(_train, 'finetune')),
     joint=('train on labels and relations at once', partial(_train, 'joint')),
     detect=('train a detector on boxes and masks, from a pretrained encoder or from scratch', partial(_train, 'detect')),
+    segment=('train a segmenter on class maps, from a pretrained encoder or from scratch', partial(_train, 'segment')),
+    **{'track-objects': ('follow objects through videos by frozen features', _typed(_track, 'track-objects'))},
     evaluate=('score a run, beside what guessing, pixels and a random encoder are worth', _typed(_evaluate, 'evaluate')),
-    predict=('label new images', _typed(_predict, 'predict')),
+    predict=('label new images, find boxes in them, or draw class maps', _typed(_predict, 'predict')),
     export=('weights as a plain timm checkpoint', _typed(_export, 'export')),
     runs=('list runs, or compare them', _typed(_runs, 'runs')),
     recipes=('list the recipes, or show one', _typed(_recipes, 'recipes')),
-    reproduce=("train a row of RelViT's Tables 1, 2 and 3", _reproduce),
+    reproduce=("train a row of RelViT's Tables 1, 2 and 3, of SERE's 1 to 8, of SelfPatch's comparisons", _reproduce),
     table=("recorded runs beside the paper's numbers", _typed(_table, 'table')),
     demo=('the whole story on handwritten digits, in three minutes', _demo),
     doctor=('what this machine has, what is missing, and how to get it', _typed(_doctor, 'doctor')),
@@ -270,7 +321,7 @@ COMMANDS = dict( # name: (what it does, function of the rest of the line)
 
 def overview() -> str:
     "What `relvit` without a command says"
-    rows = [f'  {n:<10} {what}' for n, (what, _) in COMMANDS.items()]
+    rows = [f'  {n:<14} {what}' for n, (what, _) in COMMANDS.items()]
     return '\n'.join(['usage: relvit COMMAND [options]', '', 'Vision Transformers that learn from the relations between the patches of an image.', '',
                       *rows, '', 'relvit COMMAND --help lists the options of a command. A first run, without any data:', '',
                       '  relvit pretrain --encoder vit_tiny_patch16_224 --encoder-args depth=2 --epochs 3'])

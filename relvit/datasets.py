@@ -7,13 +7,14 @@ from __future__ import annotations
 import difflib, torch, warnings
 from dataclasses import dataclass, field
 from fastai.data.transforms import get_image_files
+from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
-from .images import Images, ImageFiles, hub_images, image_files, only_readable, split, table_files
+from .images import Images, ImageFiles, StoredImages, hub_images, image_files, only_readable, split, table_files
 from .shards import Shards, held_out
 
 # %% auto #0
-__all__ = ['DATASETS', 'CIFAR10', 'IMAGENET', 'IMAGENET100', 'Splits', 'Known', 'digits', 'open_data']
+__all__ = ['VOC', 'DATASETS', 'CIFAR10', 'IMAGENET', 'IMAGENET100', 'Splits', 'Parts', 'voc_home', 'Known', 'digits', 'open_data']
 
 # %% ../nbs/06_datasets.ipynb #5bbd507f
 @dataclass
@@ -58,6 +59,52 @@ class Splits:
                           *rows, *bad])
 
 # %% ../nbs/06_datasets.ipynb #da89766a
+@dataclass
+class Parts:
+    "`StoredImages` to train on, to choose on and to report on"
+    train:StoredImages
+    valid:StoredImages
+    test:StoredImages = None
+    said:dict = field(default_factory=dict) # part -> where it comes from, in words
+    format:str = '' # what it was read as
+    fit:str = None # of whole images there is none
+    in_use:dict = field(default_factory=dict) # how it was opened
+
+    @property
+    def vocab(self): return self.train.vocab
+    @property
+    def name(self): return self.train.name
+    @property
+    def parts(self): return {'trained on': self.train, 'chosen on': self.valid, 'reported on': self.test}
+    @property
+    def _holds(self): return self.train.holds
+
+    def report(self) -> dict: # plain data, for the record of a run
+        "What is trained on, chosen on and reported on, and what was mended there"
+        return dict(name=self.name, classes=self.vocab, format=self.format, fit=None,
+                    parts={k: dict(said=self.said.get(k, ''), **(ds.report() if ds is not None else {})) for k, ds in self.parts.items()},
+                    opened=self.in_use)
+
+    def __repr__(self):
+        lines = [f'{self.name}: {len(self.vocab)} classes, {self._holds}, read as {self.format}']
+        for k, ds in self.parts.items():
+            lines.append(f'  {k:<12}' + (ds._words() + ': ' if ds is not None else '') + self.said.get(k, 'nothing'))
+            lines += [f'  {"":<12}{note}' for note in (ds._notes() if ds is not None else ())]
+        return '\n'.join(lines)
+
+VOC = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train '
+       'tvmonitor').split() # its classes, in its order
+
+def voc_home(root, year=None, # of several
+             has='ImageSets/Main'): # what the folder must hold
+    "The folder of a year of VOC, at or below `root`; None if there is none. Raises ValueError where there are several"
+    root = Path(root)
+    found = [h for h in (root, *sorted(root.glob('VOC*')), *sorted(root.glob('VOCdevkit/VOC*'))) if (h/has).is_dir()]
+    if year: found = [h for h in found if h.name == f'VOC{year}']
+    if len(found) > 1: raise ValueError(f'{root} holds {", ".join(h.name for h in found)}; say which with year=')
+    return found[0] if found else None
+
+# %% ../nbs/06_datasets.ipynb #57d67f68
 @dataclass(frozen=True)
 class Known:
     "A data set that has a name"
@@ -95,7 +142,7 @@ def _place(root, *names):
         if root.name == n and root.exists(): return root
     raise _no(root, names[0])
 
-# %% ../nbs/06_datasets.ipynb #57d67f68
+# %% ../nbs/06_datasets.ipynb #0e6383a7
 def _cifar(kind, root, side, download):
     import torchvision.datasets as tv
     try: parts = [getattr(tv, kind)(root or '.', train=train, download=download) for train in (True, False)]
@@ -123,7 +170,7 @@ def _svhn(root, side, download):
 _add('svhn', _svhn, 32, stored=True, flip=False, test='its test digits', sizes={
     32: (4, *_stats('.4378 .4439 .4729', '.1981 .2011 .1970')), 224: (32, *_stats('.4377 .4438 .4728', '.1960 .1989 .1955'))})
 
-# %% ../nbs/06_datasets.ipynb #a9edaeeb
+# %% ../nbs/06_datasets.ipynb #b4671aa7
 def _download(kind, root, splits, **kwargs):
     "torchvision's download, with a clear end where there is no internet"
     import torchvision.datasets as tv
@@ -158,7 +205,7 @@ def _flowers(root, side, download):
 _add('flowers102', _flowers, 224, test='its test images', valid='its validation images', sizes={224: (32, None, None),
     56: (8, *_stats('.5136 .4163 .3426', '.2887 .2414 .2831')), 112: (16, *_stats('.5115 .4160 .3410', '.2951 .2488 .2882'))})
 
-# %% ../nbs/06_datasets.ipynb #b4671aa7
+# %% ../nbs/06_datasets.ipynb #913e3fd1
 IMAGENET100 = ['n' + n for n in """
 02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189 07831146 07753275
 03085013 04485082 02105505 01983481 02788148 03530642 04435653 02086910 02859443 13040303 03594734 02085620 02099849
@@ -213,7 +260,7 @@ _add('imagenet100', _imagenet100, 224, test='its labelled validation images', si
     224: (32, *_stats('.4595 .4520 .3900', '.2547 .2385 .2548')), 112: (16, None, None), 56: (8, None, None), 28: (4, None, None)})
 _add('imagenette', _imagenette, 224, sizes={224: (32, *IMAGENET)}, test='its labelled validation images')
 
-# %% ../nbs/06_datasets.ipynb #978dc35f
+# %% ../nbs/06_datasets.ipynb #3f42412c
 def digits(size=16 # pixels of a side
           ) -> tuple[Images, Images]: # (train 1197, test 600)
     "scikit-learn's handwritten digits, upscaled; the same stratified test set always"
@@ -226,13 +273,23 @@ def digits(size=16 # pixels of a side
 _add('digits', lambda root, side, download: dict(zip(('train', 'test'), digits(side))), 16, flip=False, stored=True, drawn=True,
      sizes={16: (4, None, None)}, test='600 digits that are the same for everybody')
 
-# %% ../nbs/06_datasets.ipynb #892cfe8a
+# %% ../nbs/06_datasets.ipynb #b017f212
 def _sized(size, sizes):
     "The paper's patch, mean and std at a size; at another, the patch that makes a grid most like the papers'"
     if size in sizes: return sizes[size]
     sides = [p for p in range(1, size) if size % p == 0 and 6 <= size//p <= 14]
     if not sides: raise ValueError(f'no patch cuts {size} pixels into 6 to 14 a side; choose another img_size')
     return max(sides), None, None
+
+@patch
+def pretraining(self:Parts, img_size=224, # pixels of a side
+                p:int=None # pixels of a side of a patch; a seventh of the picture or so if None
+               ) -> Splits:
+    "What `make_dls` feeds: exactly the images that are trained on and chosen on, with nothing said of them"
+    side = img_size if torch.is_tensor(self.train.files[0]) else round(img_size*8/7)
+    said = {k: f'{v}, without {self.train.holds}' for k, v in self.said.items() if k != 'reported on'}
+    return Splits(self.train.as_images(side), self.valid.as_images(side), None, said, img_size,
+                  p or _sized(img_size, {224: (32, None, None)})[0], flip=self.train.flip, in_use=self.in_use)
 
 def _by_name(known, clean, root, size, p, valid, seed, splits, download, **kwargs):
     "The parts of a known data set, split as was asked for"
@@ -297,7 +354,7 @@ def _of_hub(name, clean, size, valid, seed, channels):
     if 'test' in rest: said['reported on'] = f'{name}, test'
     return Splits(train, held, rest.get('test'), said)
 
-# %% ../nbs/06_datasets.ipynb #bae2412d
+# %% ../nbs/06_datasets.ipynb #fab464bc
 def _of_shards(pattern, size, share, classes, channels, most):
     "Tar files; the last ones are held out and kept in memory"
     vocab = Path(classes).read_text().split() if classes else ()

@@ -33,8 +33,8 @@ from .training import (MODES, Fit, Settings, config_of, config_recipe, config_ta
 
 # %% auto #0
 __all__ = ['SMALL', 'LIGHT', 'GiveBoxes', 'RejoinBoxes', 'MeasureBoxes', 'BoxMetric', 'BoxLearner', 'detect_learner', 'BoxData',
-           'Detect', 'open_detection', 'detector_args', 'load_detector', 'usual_boxes', 'detections_of_usual',
-           'evaluate_detector', 'detect_files']
+           'Detect', 'start_encoder', 'open_detection', 'detector_args', 'load_detector', 'usual_boxes',
+           'detections_of_usual', 'evaluate_detector', 'detect_files']
 
 # %% ../nbs/48_detection.ipynb #b7d59486
 class GiveBoxes(Callback):
@@ -200,7 +200,7 @@ def _(c:Detect) -> Detect:
     c = settle_fit(c)
     return c.but(**{k: v for k, v in dict(width=256, anchors=8.).items() if getattr(c, k) is None})
 
-def _encoder_of(c, dls, recipe):
+def start_encoder(c, dls, recipe):
     "The encoder that a run starts with, and what came of the weights that it starts from"
     path = c.init and start_file(c.init)
     held, more = encoder_config(path) if path else {}, dict(drop_path_rate=recipe.drop_path) if recipe.drop_path else {}
@@ -220,7 +220,7 @@ def _(c:Detect, splits=None, encoder=None, recipe=None):
     splits, recipe, report = splits or open_detection(c), recipe or config_recipe(c), None
     dls = box_dls(splits, c.bs, None if c.flip is None else .5*c.flip, jitter=c.jitter or None, steps=c.steps, seed=c.seed, device=c.device)
     torch.manual_seed(c.seed)
-    if encoder is None: encoder, report = _encoder_of(c, dls, recipe)
+    if encoder is None: encoder, report = start_encoder(c, dls, recipe)
     learn = detect_learner(dls, encoder, c.kind, tasks=config_tasks(c) if c.tasks else (), mega=c.mega, permute=c.permute,
                            augment=bool(c.augment) and c.augment.lower() != 'none', recipe=recipe, amp=c.amp, seed=c.seed, **detector_args(c, splits.train.has_masks))
     learn.faster(channels_last=c.channels_last, fused=c.fused, accumulate=c.accumulate)

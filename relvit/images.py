@@ -4,16 +4,18 @@
 
 # %% ../nbs/04_images.ipynb #be8d756a
 from __future__ import annotations
-import math, os, warnings, numpy as np, torch
+import copy, math, os, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['Unreadable', 'as_rgb', 'read_image', 'Images', 'ImageFiles', 'find_unreadable', 'only_readable', 'image_files',
-           'table_files', 'HubImages', 'hub_images', 'split', 'few_labels']
+__all__ = ['Unreadable', 'as_rgb', 'read_image', 'stored_kind', 'stored_image', 'stored_size', 'Images', 'ImageFiles',
+           'find_unreadable', 'only_readable', 'image_files', 'table_files', 'HubImages', 'hub_images', 'split',
+           'few_labels', 'StoredImages', 'looked_at', 'hold_out', 'pixel_statistics']
 
 # %% ../nbs/04_images.ipynb #644bba55
 class Unreadable(ValueError):
@@ -52,6 +54,38 @@ def read_image(source, # path, open file or PIL image
     return torch.from_numpy(np.array(im)).reshape(side, side, channels).permute(2, 0, 1)
 
 # %% ../nbs/04_images.ipynb #4fe2d85f
+def stored_kind(im # PIL image
+               ) -> str: # '', 'grey', 'turned' or both
+    "What is special about how an image is stored"
+    grey = im.mode in ('1', 'L', 'LA', 'La') or im.mode[0] in 'IF'
+    turned = 'exif' in im.info and im.getexif().get(274, 1) != 1 # without, a PNG would be decoded to look for it
+    return ('grey '*grey + 'turned'*turned).strip()
+
+def _opened(path, f):
+    "What `f` makes of an open file. Raises `Unreadable` for what is no image, FileNotFoundError"
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(path) as im: return f(im)
+    except FileNotFoundError: raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        why = 'this is no image, or of a kind that PIL does not know' if isinstance(e, UnidentifiedImageError) else str(e)
+        raise Unreadable(f'{path} cannot be read as an image: {why}', why) from e
+
+def stored_image(path) -> tuple[Tensor, str]: # (3,H,W) uint8; see `stored_kind`
+    "A file's pixels in colour, not turned by EXIF. Raises `Unreadable` for what is no image, FileNotFoundError"
+    def read(im):
+        im.load()
+        said = stored_kind(im)
+        im.getexif()[274] = 1
+        return np.array(as_rgb(im)), said
+    x, said = _opened(path, read)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous(), said
+
+def stored_size(path) -> tuple[int, int, str]: # height and width in pixels; see `stored_kind`
+    "What the head of a file says. Raises as `stored_image` does"
+    return _opened(path, lambda im: (im.height, im.width, stored_kind(im)))
+
+# %% ../nbs/04_images.ipynb #937c1901
 class Images:
     "Images of one size with labels, in memory. Raises ValueError where images and labels do not fit together"
     def __init__(self, x:Tensor, # (N,c,H,W) uint8
@@ -78,7 +112,7 @@ class Images:
         size = ' x '.join(map(str, self.shape))
         return f'{self.name}: {len(self)} images {size}, {self.labelled} labelled, {len(self.vocab)} classes'
 
-# %% ../nbs/04_images.ipynb #36c3e860
+# %% ../nbs/04_images.ipynb #3f91a0e4
 def _threads(f, n, what):
     "f(0), ..., f(n-1) in order, side by side; PIL decodes outside of Python's lock"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -111,7 +145,7 @@ class ImageFiles(Images):
         new.skipped = self.skipped
         return new
 
-# %% ../nbs/04_images.ipynb #c3ed3fbf
+# %% ../nbs/04_images.ipynb #2bcfe135
 def find_unreadable(ds:ImageFiles) -> dict: # {index: reason}
     "Decode every file once"
     def why(i):
@@ -136,7 +170,7 @@ def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a nu
     good.skipped |= {f: why for f, (_, why) in bad.items()}
     return good
 
-# %% ../nbs/04_images.ipynb #0d3c6047
+# %% ../nbs/04_images.ipynb #16ed0c17
 def image_files(path, # folder
                 side:int, # pixels of the shorter side
                 channels=3, vocab=None # names of the classes, if others are to be kept out
@@ -189,7 +223,7 @@ def _table(path):
     if not len(df): raise ValueError(f'{path} has no line below its headings')
     return df
 
-# %% ../nbs/04_images.ipynb #2bcfe135
+# %% ../nbs/04_images.ipynb #03943620
 class HubImages(ImageFiles):
     "Images of a Hugging Face data set, decoded when a batch asks for them; `files` are rows of it"
     def __init__(self, rows, *args, column=None, ds=None, **kwargs):
@@ -219,7 +253,7 @@ def hub_images(ds, # `datasets.Dataset`
     y = [vocab.index(v) if v in vocab else -1 for v in raw]
     return HubImages(list(range(len(ds))), y, vocab, side, ds.info.dataset_name or 'hub', channels, column=image, ds=ds)
 
-# %% ../nbs/04_images.ipynb #c2aa3540
+# %% ../nbs/04_images.ipynb #dec4e94b
 def _by_class(y, seed):
     "Indices of each class in random order, unknown labels as a class of their own"
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -244,3 +278,108 @@ def few_labels(ds, per_class:int, # labelled images of each class to keep
     short = [len(g) for g in groups if len(g) < per_class]
     if short: raise ValueError(f'a class has only {min(short)} images, {per_class} were asked for')
     return ds.subset(torch.cat([g[:per_class] for g in groups]).sort().values)
+
+# %% ../nbs/04_images.ipynb #7e5f35d4
+class StoredImages:
+    "Images of any size, decoded when a batch asks for them. A subclass says what is true of image `i` by `target(i)`, in a word by `holds`"
+    holds = 'targets'
+    def __init__(self, name:str, vocab, # names of the classes
+                 files, # paths, or uint8 images (3,H,W)
+                 sizes, # (n,2) height and width of each image in pixels
+                 flip=True, # may images be mirrored?
+                 counts=None, # kind -> (n,) things to report of each image
+                 skipped=None): # file -> why it was left out
+        self.name, self.vocab, self.files, self.flip, self.skipped = name, list(vocab), list(files), flip, dict(skipped or {})
+        self.sizes = torch.as_tensor(sizes).long().view(-1, 2)
+        self.counts = {k: torch.as_tensor(v).long() for k, v in (counts or {}).items()}
+        if len(self.sizes) != len(self.files): raise ValueError(f'{len(self.files)} files, {len(self.sizes)} sizes')
+
+    def __len__(self): return len(self.files)
+    def __getitem__(self, i):
+        i = range(len(self))[int(i)]
+        return self.read(i), self.target(i)
+    def name_of(self, i): return f'{self.name} {int(i)}' if torch.is_tensor(self.files[i]) else str(self.files[i])
+    @property
+    def mended(self): return {k: int(v.sum()) for k, v in self.counts.items() if v.any()}
+    def _notes(self):
+        "Lines on what was mended"
+        return [f'{k}: {n:,}' for k, n in (self.mended | {'files left out': len(self.skipped)}).items() if n]
+
+# %% ../nbs/04_images.ipynb #e3ca9604
+@patch
+def read(self:StoredImages, i:int) -> Tensor: # (3,H,W) uint8
+    "The pixels of an image. Raises ValueError where they are not of the size that something is true of"
+    f = self.files[i]
+    if torch.is_tensor(f): return f
+    x, _ = stored_image(f)
+    if list(x.shape[1:]) != self.sizes[i].tolist():
+        raise ValueError(f'{f} has {x.shape[2]} x {x.shape[1]} pixels, its {self.holds} are of {self.sizes[i, 1]} x {self.sizes[i, 0]}')
+    return x
+
+@patch
+def batch(self:StoredImages, idxs) -> tuple[list, list]: # images, targets
+    "Images of any size and what is true of them; files are decoded side by side"
+    idxs = torch.as_tensor(idxs).tolist()
+    memory = all(torch.is_tensor(self.files[i]) for i in idxs)
+    got = [self[i] for i in idxs] if memory else _threads(lambda j: self[idxs[j]], len(idxs), self.name)
+    return [x for x, _ in got], [t for _, t in got]
+
+@patch
+def subset(self:StoredImages, idxs) -> StoredImages:
+    "Some of the images, in the order of `idxs`"
+    idxs, new = torch.as_tensor(idxs).long(), copy.copy(self)
+    new.files, new.sizes = [self.files[i] for i in idxs.tolist()], self.sizes[idxs]
+    new.counts = {k: v[idxs] for k, v in self.counts.items()}
+    return new
+
+@patch
+def as_images(self:StoredImages, side:int # pixels of a side: the middle square of each image
+             ) -> Images: # `ImageFiles` where the set is of files
+    "The same images with nothing said of them, to pretrain on"
+    if not torch.is_tensor(self.files[0]): return ImageFiles(self.files, [-1]*len(self), [], side, self.name)
+    from torchvision.transforms.v2.functional import center_crop, resize
+    def square(x):
+        x = center_crop(x, min(x.shape[1:]))
+        return x if x.shape[-1] == side else resize(x, [side, side], antialias=True)
+    return Images(torch.stack([square(x) for x in self.files]), name=self.name)
+
+# %% ../nbs/04_images.ipynb #9370bd23
+class _Look(ImageFiles):
+    "Files, and what `look` says of each as it is read"
+    def __init__(self, files, name, look, seen):
+        super().__init__(files, [-1]*len(files), [], 0, name)
+        self.look, self.seen = look, seen
+    def subset(self, idxs): return _Look([self.files[i] for i in idxs.tolist()], self.name, self.look, self.seen)
+    def read(self, i): self.seen[self.files[i]] = self.look(self.files[i])
+
+def looked_at(files, # paths
+              name:str, # of the set, for what is said of it
+              look, # a function of a path that raises `Unreadable` where there is a reason to
+              most_unreadable=0 # share or number of files that may be left out
+             ) -> tuple[list, dict]: # what `look` gave for each, None where left out; file -> why it was left out
+    "Look at every file once. Raises FileNotFoundError, and `Unreadable` where more than `most_unreadable` are"
+    if not files: raise ValueError(f'{name} has no image')
+    gone = [f for f in files if not Path(f).is_file()]
+    if gone: raise FileNotFoundError(f'{len(gone)} of {len(files)} images of {name} are not there, such as {gone[0]}')
+    ds = only_readable(_Look(files, name, look, {}), most_unreadable)
+    return [ds.seen.get(f) for f in files], ds.skipped
+
+def hold_out(ds, # `StoredImages`
+             share=.1, # of the images; a number above 1 counts them
+             seed=0) -> tuple: # (rest, held out)
+    "Images at random, by a seed and nothing else. Raises ValueError where nothing would be left"
+    k = max(round(share if share > 1 else share*len(ds)), 1)
+    if k >= len(ds): raise ValueError(f'{k} images cannot be held out of the {len(ds)} of {ds.name}')
+    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
+    return ds.subset(order[k:].sort().values), ds.subset(order[:k].sort().values)
+
+def pixel_statistics(ds, # `StoredImages`
+                     most=256 # images to look at
+                    ) -> tuple[list, list]: # of each channel, in [0,1]
+    "Mean and standard deviation of the pixels, each image counting the same"
+    def moments(i):
+        x = ds.read(i).flatten(1).float()/255
+        return torch.stack([x.mean(1), (x*x).mean(1)])
+    some = range(0, len(ds), -(-len(ds)//most))
+    mean, square = torch.stack(list(_threads(lambda j: moments(some[j]), len(some), ds.name))).mean(0)
+    return [round(v, 4) for v in mean.tolist()], [round(max(v, 1e-3), 4) for v in (square - mean**2).clamp(min=0).sqrt().tolist()]

@@ -12,16 +12,18 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 # %% auto #0
-__all__ = ['Level', 'NORMS', 'levels_of', 'choose_levels', 'rescale', 'Neck', 'pyramid_of', 'Pyramid', 'Canvas']
+__all__ = ['Level', 'NORMS', 'MIXES', 'levels_of', 'choose_levels', 'rescale', 'Neck', 'pyramid_of', 'make_neck', 'Pyramid',
+           'Canvas']
 
 # %% ../nbs/41_pyramid.ipynb #f8b612fd
 Level = namedtuple('Level', 'layer dim stride') # of `TokenEncoder.features`; width; pixels that one place covers
 
-def _maps(encoder, x, layers):
-    "Raw (b,d,h,w) maps of `layers`, positions on"
+def _maps(encoder, x, layers, pos_embed=True, out_norm=False):
+    "(b,d,h,w) maps of `layers`, raw or after the encoder's last norm"
     once = sorted(set(layers))
-    seen = dict(zip(once, encoder.features(x, once, pos_embed=True)))
-    return [seen[i].prenorm.mT.unflatten(2, seen[i].grid) for i in layers]
+    seen = dict(zip(once, encoder.features(x, once, pos_embed=pos_embed)))
+    tokens = lambda t: t.patches if out_norm else t.prenorm
+    return [tokens(seen[i]).mT.unflatten(2, seen[i].grid) for i in layers]
 
 @torch.no_grad()
 def levels_of(encoder, # `TokenEncoder`
@@ -68,42 +70,61 @@ def rescale(dim:int, # width of the map
     return nn.Sequential(*[m for _ in range(round(times)) for m in (NORMS[norm](dim), nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))][2:])
 
 # %% ../nbs/41_pyramid.ipynb #e8c95d5f
+MIXES = ('pool', 'fpn', None)
+
 class Neck(nn.Module):
     "Maps of chosen levels to a feature pyramid '0', '1', ..., 'pool'. Lin et al. 2017, over the branches of XCiT"
     def __init__(self, levels, # one `Level` a stride, see `choose_levels`
                  strides=(4, 8, 16, 32), # of the pyramid, each twice the one before, pixels
                  channels=256, # width of the pyramid
                  norm='batch', # between two doublings, see `NORMS`
-                 normed=False): # a LayerNorm on each map first?
+                 normed=False, # a LayerNorm on each map first?
+                 mix='pool'): # 'pool': a feature pyramid and its fifth map; 'fpn': without that; None: each map as it is, of its own width
         super().__init__()
-        strides = tuple(strides)
-        if any(math.log2(s) % 1 for s in strides) or any(b != 2*a for a, b in zip(strides, strides[1:])):
-            raise ValueError(f'strides are powers of two, each twice the one before, not {strides}')
-        self.levels, self.strides, self.out_channels = list(levels), strides, channels
+        strides, steps = tuple(strides), (2,) if mix == 'pool' else (1, 2)
+        if mix not in MIXES: raise ValueError(f'mix is {", ".join(map(repr, MIXES))}, not {mix!r}')
+        if any(math.log2(s) % 1 for s in strides) or any(b/a not in steps for a, b in zip(strides, strides[1:])):
+            raise ValueError(f'strides are powers of two, each twice the one before{" or the same" if 1 in steps else ""}, not {strides}')
+        self.levels, self.strides, self.out_channels, self.mix = list(levels), strides, channels, mix
         self.stages = nn.ModuleList(nn.Sequential(LayerNorm2d(l.dim) if normed else nn.Identity(), rescale(l.dim, l.stride, s, norm))
                                     for l, s in zip(self.levels, strides))
-        self.fpn = FeaturePyramidNetwork([l.dim for l in self.levels], channels, LastLevelMaxPool())
+        if mix: self.fpn = FeaturePyramidNetwork(self.dims, channels, LastLevelMaxPool() if mix == 'pool' else None)
 
+    @property
+    def dims(self): return [l.dim for l in self.levels] # widths of what it reads
     @property
     def layers(self): return [l.layer for l in self.levels] # of the encoder, one a stride
     @property
-    def all_strides(self): return (*self.strides, 2*self.strides[-1]) # that of 'pool' is the last
+    def all_strides(self): return (*self.strides, *([2*self.strides[-1]] if self.mix == 'pool' else [])) # that of 'pool' is the last
     @property
     def multiple(self): return math.lcm(self.strides[-1], *(l.stride for l in self.levels)) # of which the sides of an image must be
 
     def forward(self, maps:list # (b,d,h,w) of each level
                ) -> OrderedDict: # name -> (b,channels,H/stride,W/stride)
-        return self.fpn(OrderedDict((str(i), f(x)) for i, (f, x) in enumerate(zip(self.stages, maps))))
+        maps = OrderedDict((str(i), f(x)) for i, (f, x) in enumerate(zip(self.stages, maps)))
+        return self.fpn(maps) if self.mix else maps
 
-# %% ../nbs/41_pyramid.ipynb #44eda29e
+# %% ../nbs/41_pyramid.ipynb #7ea42968
 def pyramid_of(encoder, # `TokenEncoder`
                neck, # its `Neck`
-               x:Tensor # (b,c,H,W) images, uint8 or float in [0,1]
+               x:Tensor, # (b,c,H,W) images, uint8 or float in [0,1]
+               pos_embed:bool=True, # of a ViT: add positions? None: as it was built
+               out_norm=False # of a ViT: its last norm on every map, as BEiT's and iBOT's segmentation has it
               ) -> OrderedDict: # name -> (b,channels,h,w)
     "The feature pyramid of a batch. Raises ValueError for sides that no grid fits"
     if any(s % neck.multiple for s in x.shape[2:]):
         raise ValueError(f'images of {x.shape[2]} x {x.shape[3]} pixels, but both sides must be multiples of {neck.multiple}; see `Canvas`')
-    return neck(_maps(encoder, x, neck.layers))
+    return neck(_maps(encoder, x, neck.layers, pos_embed, out_norm))
+
+def make_neck(encoder, # `TokenEncoder`
+              strides=(4, 8, 16, 32), # of its maps, pixels
+              layers=None, # blocks or stages that it reads, one a stride, see `choose_levels`
+              channels=256, norm='batch', mix='pool' # see `Neck`
+             ) -> Neck:
+    "The neck that an encoder needs: a hierarchy of transformers has no norm after its stages, so it gets some"
+    levels = levels_of(encoder)
+    stages = len({l.stride for l in levels}) > 1 and any(isinstance(m, nn.LayerNorm) for m in encoder.model.modules())
+    return Neck(choose_levels(levels, strides, layers), strides, channels, norm, normed=stages, mix=mix)
 
 class Pyramid(nn.Module):
     "An encoder as a backbone of torchvision's detectors. Takes images in [0,1]: the encoder normalises them itself"
@@ -113,10 +134,8 @@ class Pyramid(nn.Module):
                  layers=None, # blocks or stages that it reads, one a stride, see `choose_levels`
                  norm='batch'): # between two doublings: 'batch' or 'layer'
         super().__init__()
-        levels = levels_of(encoder)
-        stages = len({l.stride for l in levels}) > 1 and any(isinstance(m, nn.LayerNorm) for m in encoder.model.modules())
         self.encoder, self.out_channels = encoder, channels
-        self.neck = Neck(choose_levels(levels, strides, layers), strides, channels, norm, normed=stages)
+        self.neck = make_neck(encoder, strides, layers, channels, norm)
 
     def forward(self, x:Tensor # (b,c,H,W) images in [0,1]
                ) -> OrderedDict: # '0', '1', ..., 'pool' -> (b,channels,h,w)
@@ -127,7 +146,7 @@ class Pyramid(nn.Module):
         return (f'Pyramid({self.encoder!r}\n  layers {", ".join(map(str, self.neck.layers))} -> strides '
                 f'{", ".join(map(str, self.neck.all_strides))}, {self.out_channels} channels, {weights:.2f} M parameters)')
 
-# %% ../nbs/41_pyramid.ipynb #5f74b9d3
+# %% ../nbs/41_pyramid.ipynb #1a884bd5
 class Canvas(GeneralizedRCNNTransform):
     "Images of any size, resized and laid on one canvas of the mean colour, boxes and masks with them. torchvision's, but in [0,1]"
     def __init__(self, multiple=32, # of which both sides of the canvas are, pixels

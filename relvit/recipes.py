@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from .teacher import cosine
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'dino_lr', 'stairs_lr', 'Recipe',
+__all__ = ['SCHEDULES', 'CHOICES', 'RANGES', 'RECIPES', 'cosine_lr', 'reference_lr', 'dino_lr', 'stairs_lr', 'poly_lr', 'Recipe',
            'get_recipe', 'recipe_table']
 
 # %% ../nbs/30_recipes.ipynb #b12e5905
@@ -40,9 +40,14 @@ def stairs_lr(t:float, lr=5e-5, final=5e-7, warmup=.01, at=(8/12, 11/12)) -> flo
     if t < warmup: return lr*max(t/warmup, .001)
     return lr*(final/lr)**(sum(t >= a - 1e-9 for a in at)/len(at))
 
-SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr, stairs=stairs_lr)
+# %% ../nbs/30_recipes.ipynb #a1442b22
+def poly_lr(t:float, lr=6e-5, final=0., warmup=.01) -> float:
+    "mmsegmentation's schedule: a straight line from `lr` to `final`, times a linear warm-up from a millionth"
+    return (final + (lr - final)*(1 - t))*(1 if t >= warmup else 1e-6 + (1 - 1e-6)*t/warmup)
 
-# %% ../nbs/30_recipes.ipynb #41bba7d1
+SCHEDULES = dict(cosine=cosine_lr, reference=reference_lr, dino=dino_lr, stairs=stairs_lr, poly=poly_lr)
+
+# %% ../nbs/30_recipes.ipynb #c50913a4
 CHOICES = dict(schedule=tuple(SCHEDULES), policy=('none', 'randaugment', 'autoaugment'), jitter=('pixels', 'normalised'),
                splits=('held-out', 'reference'))
 RANGES = ( # what must hold, and for what
@@ -54,7 +59,7 @@ RANGES = ( # what must hold, and for what
     ('two rising shares above 0 and up to 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, 'global_scale local_scale'),
     ('0 to 30', lambda v: 0 <= v <= 30, 'magnitude'))
 
-# %% ../nbs/30_recipes.ipynb #8270425a
+# %% ../nbs/30_recipes.ipynb #e7b87845
 @dataclass(frozen=True, repr=False)
 class Recipe:
     "How a run is trained. Raises ValueError for an impossible number"
@@ -72,7 +77,7 @@ class Recipe:
     decay_all:bool = False # decay biases, norms and embeddings too, as the released code does
     decay_embeddings:bool = False # decay class token and positions too, as DINO and MoCo v3 do
     warmup:float = .1 # share of the steps
-    schedule:str = 'cosine' # 'cosine', 'reference' or 'dino'
+    schedule:str = 'cosine' # see `SCHEDULES`
     clip:float = 1. # largest norm of the whole gradient; 0 for none
     clip_each:bool = False # of each tensor by itself, as DINO's code does
     layer_decay:float = 1. # learning rate of each layer over that of the one above it
@@ -122,7 +127,7 @@ class Recipe:
     @classmethod
     def of(cls, values:dict): return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../nbs/30_recipes.ipynb #e7b87845
+# %% ../nbs/30_recipes.ipynb #bd30abbd
 def _changes(r):
     "What differs from a recipe that says nothing"
     plain = {f.name: f.default for f in fields(Recipe)}
@@ -133,7 +138,7 @@ def _repr(r):
     return f'{r.name}, version {r.version}: {r.says}\n  {said or "nothing but the defaults"}'
 Recipe.__repr__ = _repr
 
-# %% ../nbs/30_recipes.ipynb #bd30abbd
+# %% ../nbs/30_recipes.ipynb #68418a3d
 _mixed = dict(betas=(.9, .999), final_lr=1e-6, drop_path=.1, smoothing=.1, mixup=.8, cutmix=1., policy='randaugment', erase=.25)
 _readme = dict(bs=256, lr=5e-4, final_lr=1.25e-6, betas=(.9, .999), wd=.1, drop_path=.1)
 _dino = dict(final_lr=1e-6, betas=(.9, .999), wd=.04, final_wd=.4, decay_embeddings=True, schedule='dino', clip=3., clip_each=True,
@@ -155,9 +160,15 @@ RECIPES = {r.name: r for r in (
     Recipe('moby', says="MoBY's DeiT-S and Swin-T", bs=512, lr=1e-3, final_lr=5e-6, wd=.05, warmup=5/300, clip=5., drop_path=.2, **_contrast),
     Recipe('detect', says="a detector on a pretrained ViT, as SelfPatch's was judged: 12 epochs, the 1x schedule", epochs=12, bs=8, lr=5e-5, final_lr=5e-7,
            betas=(.9, .999), warmup=.0057, schedule='stairs', clip=0., drop_path=.05),
-    Recipe('scenes', says='a small detector on small images: short, at a high learning rate', epochs=12, bs=8, lr=5e-4, final_lr=5e-6, betas=(.9, .999), warmup=.05))}
+    Recipe('imagenets', says="a linear head on ImageNet-S, the encoder along with it, as SERE was judged", bs=256, lr=5e-4, final_lr=1e-6, betas=(.9, .999),
+           warmup=.05, clip=0., layer_decay=.5, drop_path=.1),
+    Recipe('uper', says="UperNet on ADE20K, as iBOT's and SERE's: 160,000 steps; on VOC 20,000", epochs=127, bs=16, lr=3e-5, final_lr=0., betas=(.9, .999),
+           warmup=1500/160000, schedule='poly', clip=0., layer_decay=.9, drop_path=.1),
+    Recipe('semfpn', says='Semantic FPN on ADE20K, as SelfPatch was judged: 40,000 steps', epochs=32, bs=16, lr=6e-5, final_lr=0., betas=(.9, .999), wd=.01,
+           warmup=1500/40000, schedule='poly', clip=0.),
+    Recipe('scenes', says='a small detector or segmenter on small images: short, at a high learning rate', epochs=12, bs=8, lr=5e-4, final_lr=5e-6, betas=(.9, .999), warmup=.05))}
 
-# %% ../nbs/30_recipes.ipynb #68418a3d
+# %% ../nbs/30_recipes.ipynb #15e5fb58
 def get_recipe(recipe # a `Recipe` or the name of one
               ) -> Recipe:
     "A recipe by name. Raises ValueError for an unknown one"
@@ -168,7 +179,7 @@ def get_recipe(recipe # a `Recipe` or the name of one
         raise ValueError(f'no recipe is called {recipe!r}; {hint}')
     return RECIPES[recipe]
 
-# %% ../nbs/30_recipes.ipynb #24ad89c7
+# %% ../nbs/30_recipes.ipynb #75820bd2
 def recipe_table(recipes=None # `Recipe`s; all known ones if None
                 ):
     "A pandas table of the fields in which recipes differ"

@@ -15,8 +15,8 @@ from .runs import Run, provenance
 from .training import Finetune, Joint, Pretrain, change_recipe, settle, train
 
 # %% auto #0
-__all__ = ['TABLE1', 'METHODS', 'PLACES', 'FLOOR', 'Row', 'Method', 'known_as', 'Reproduction', 'stage', 'reproduce',
-           'compare_rows']
+__all__ = ['TABLE1', 'METHODS', 'PLACES', 'FLOOR', 'Row', 'Method', 'unlike', 'known_as', 'Reproduction', 'stage', 'keep_record',
+           'reproduce', 'recorded', 'alike', 'mean_spread', 'compare_rows']
 
 # %% ../nbs/63_reproduce.ipynb #b55ab361
 @dataclass(frozen=True)
@@ -65,6 +65,13 @@ METHODS = dict({
     'layer-decay': Method('RelViT, finetuned with a layer-wise learning rate (decay .65)', (('pretrain', {}, 1), ('finetune', dict(recipe_args=('layer_decay=.65',)), 1))),
 }, **{f'mega-{m}': _relvit(f'RelViT on {m} x {m} mega-patches', mega=m) for m in (3, 4, 5, 6)})
 
+def unlike(t, # a dataclass
+           names # of some of its fields
+          ) -> list[str]:
+    "What is not as it is by default, as parts of the name of a file"
+    plain = {f.name: f.default for f in fields(t)}
+    return [f'{k}{"+".join(map(str, v)) if isinstance(v, tuple) else v}' for k in names if (v := getattr(t, k)) != plain[k]]
+
 def known_as(what, # what it is called, in words
              name, of:dict):
     "The thing of that name. Raises ValueError that says the nearest one"
@@ -107,9 +114,7 @@ class Reproduction:
     @property
     def name(self):
         "What sets it apart, as the name of a file"
-        plain = {f.name: f.default for f in fields(self)}
-        asked = ('img_size', 'few', 'encoder', 'encoder_args', 'recipe_args', 'epochs', 'steps', 'bs', 'accumulate')
-        said = [f'{k}{"+".join(v) if isinstance(v, tuple) else v}' for k in asked if (v := getattr(self, k)) != plain[k]]
+        said = unlike(self, 'img_size few encoder encoder_args recipe_args epochs steps bs accumulate'.split())
         return '-'.join([self.row, self.method, self.recipe, *said, *(['amp'] if self.amp else []), f'seed{self.seed}']).replace('/', '_')
 
     def configs(self) -> list:
@@ -130,7 +135,7 @@ class Reproduction:
         return out
 
 # %% ../nbs/63_reproduce.ipynb #b730b0d8
-PLACES = 'root out init device hold workers download track compile every'.split() # what may differ between two goes at one run
+PLACES = 'root out init device hold workers download track compile every check'.split() # what may differ between two goes at one run
 
 def stage(c, # a configuration with a name
           tell # see `train`
@@ -142,6 +147,13 @@ def stage(c, # a configuration with a name
     other = [k for k, v in run.config.items() if k in now and json.dumps(now[k]) != json.dumps(v) and k not in PLACES]
     if other: raise ValueError(f'{path} is of another {other[0]}: {run.config[other[0]]}, not {now[other[0]]}; give another folder of runs')
     return run if run.summary else train(resume=path, tell=tell)
+
+def keep_record(folder, name:str, # of the file, without .json
+                record:dict # plain data
+               ) -> dict: # the same
+    "Write a record; of several processes, the first does"
+    if not together().get('rank'): write_whole(Path(folder)/f'{name}.json', lambda f: Path(f).write_text(json.dumps(record, indent=1)))
+    return record
 
 def _seen(run):
     "Images that a run has trained on, and those of an epoch"
@@ -168,8 +180,7 @@ def reproduce(r:Reproduction, # what to do
                   seconds=round(sum(m['seconds'] for run in runs for m in run.metrics)),
                   encoder=dict(name=r.encoder or row.encoder, args=list(r.encoder_args)), few=r.few, img_size=r.img_size,
                   relations={k: v for k, v in runs[0].metrics[-1]['valid'].items() if k in ('relations_acc', 'positions_acc')}, **provenance())
-    if first: write_whole(r.results/f'{r.name}.json', lambda f: Path(f).write_text(json.dumps(record, indent=1)))
-    return record
+    return keep_record(r.results, r.name, record)
 
 # %% ../nbs/63_reproduce.ipynb #635cca32
 FLOOR = 'embed_dim=192', 'depth=9', 'num_heads=12'
@@ -187,14 +198,29 @@ def _changed(recipe):
     then, now = (json.loads(json.dumps(r)) for r in (Recipe.of(recipe).asdict(), now)) # fields that came later had their defaults
     return [f'{k}={then[k]}' for k, v in now.items() if k != 'epochs' and then[k] != v]
 
+def recorded(folder, # of `keep_record`
+             make # a command that makes one
+            ) -> list[dict]:
+    "The records of a folder. Raises FileNotFoundError where there is none"
+    files = sorted(Path(folder).glob('*.json'))
+    if not files: raise FileNotFoundError(f'there is no recorded run in {folder}; make one: {make}')
+    return [json.loads(f.read_text()) for f in files]
+
+def alike(records, keys) -> list[list[dict]]:
+    "Records that differ in nothing but the seed: the same under all these keys"
+    groups = {}
+    for r in records: groups.setdefault(json.dumps([r.get(k) for k in keys]), []).append(r)
+    return list(groups.values())
+
+def mean_spread(values) -> str:
+    "Mean of numbers, and standard deviation where there are two or more"
+    return f'{statistics.mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
+
 def compare_rows(folder='results/table1', # of `reproduce`
                  ) -> pd.DataFrame:
     "The recorded runs beside the paper's numbers, in %. Raises FileNotFoundError where there is none"
-    files = sorted(Path(folder).glob('*.json'))
-    if not files: raise FileNotFoundError(f'there is no recorded run in {folder}; make one: relvit reproduce table1 --row cifar10 --method relvit')
     groups = {}
-    for f in files:
-        r = json.loads(f.read_text())
+    for r in recorded(folder, 'relvit reproduce table1 --row cifar10 --method relvit'):
         order = list(TABLE1).index(r['row']), list(METHODS).index(r['method'])
         own = {k: r[k] for k in ('encoder', 'few', 'img_size', 'recipe', 'full')} | dict(part=r['part'])
         groups.setdefault((*order, json.dumps(own)), []).append(r)
@@ -208,7 +234,7 @@ def compare_rows(folder='results/table1', # of `reproduce`
         rows.append({'row': row.says.split(',')[0] + ', ' + ', '.join(changes or [row.says.split(', ')[1]]), 'method': r['says'],
                      'recipe': ' '.join([f"{r['recipe']['name']} v{r['recipe']['version']}", *_changed(r['recipe'])]),
                      'paper': show(*paper) if paper else '', 'floor': floor or '',
-                     'ours': show(statistics.mean(acc), statistics.stdev(acc) if len(acc) > 1 else None), 'seeds': len(rs),
+                     'ours': mean_spread(acc), 'seeds': len(rs),
                      'images seen': f"{statistics.mean(r['seen'] for r in rs):,.0f}", 'of a whole run': f"{100*statistics.mean(r['seen']/r['full'] for r in rs):.2g} %",
                      'best of pixels': f"{100*max(r['beside'].values()):.2f}" if r['beside'] else ''})
     return pd.DataFrame(rows)

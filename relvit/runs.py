@@ -288,7 +288,7 @@ def _leave(self:RecordRun, epoch, step):
 # %% ../nbs/36_runs.ipynb #64e92ebd
 def better(a:dict, b:dict) -> bool: # means on the held-out part
     "Is `a` better than `b`?"
-    key, sign = next(((k, 1) for k in ('map', 'labels_acc') if a.get(k) is not None), ('loss', -1))
+    key, sign = next(((k, 1) for k in ('map', 'miou', 'labels_acc') if a.get(k) is not None), ('loss', -1))
     if a.get(key) is None or b.get(key) is None: return a.get(key) is not None
     return sign*a[key] > sign*b[key]
 

@@ -11,7 +11,7 @@ from .datasets import DATASETS, Known
 from .images import Images
 
 # %% auto #0
-__all__ = ['SHAPES', 'SEEDS', 'inside', 'textures', 'mask_boxes', 'make_shapes', 'shape_images']
+__all__ = ['SHAPES', 'SEEDS', 'inside', 'textures', 'mask_boxes', 'make_shapes', 'make_video', 'shape_images']
 
 # %% ../nbs/07_shapes.ipynb #64c47052
 _tips = [math.pi/2 + 2*math.pi*k/5 for k in range(5)] # directions of a star's tips; each line cuts one tip off
@@ -111,8 +111,8 @@ def _paint(q, i, u, v):
     return (first*(1 - t) + second*t)*lit[:, None]*(1 - mist) + haze*mist
 
 # %% ../nbs/07_shapes.ipynb #4b5f6647
-def _draw(p, size, classes, dust):
-    "Images (n,3,size,size) uint8 and masks (n,most,size,size) of scenes"
+def _draw(p, size, classes, dust, all_of_it=False):
+    "Images (n,3,size,size) uint8 and masks (n,most,size,size) of scenes; `all_of_it`: what is mostly hidden, too"
     image, (n, most) = _ground(p, size), p['there'].shape
     masks, free = torch.zeros(n, most, size, size, dtype=torch.bool), torch.ones(n, size, size, dtype=torch.bool)
     dark = torch.zeros_like(free)
@@ -123,7 +123,7 @@ def _draw(p, size, classes, dust):
         u, v, shade = _place(q, size)
         there = inside(form, u, v)
         seen = there & free[b]
-        drawn = ((seen.sum((1, 2))*2 > there.sum((1, 2))) & (seen.sum((1, 2))*768 >= size*size))[:, None, None]
+        drawn = ((seen.sum((1, 2))*2 > there.sum((1, 2))) & (seen.sum((1, 2))*768 >= size*size) | all_of_it)[:, None, None]
         masks[b, k] = seen = seen & drawn
         free[b], dark[b] = free[b] & ~seen, dark[b] | shade & drawn
         at = seen.nonzero(as_tuple=True)
@@ -140,15 +140,18 @@ def mask_boxes(masks:Tensor # (...,H,W) bool
     last = [s.shape[-1] - s.flip(-1).int().argmax(-1) for s in sides]
     return torch.stack([*first, *last], -1).float()*sides[0].any(-1)[..., None]
 
+def _usable(n, size, most, classes, of='n'):
+    odd = [c for c in classes if c not in _forms]
+    if odd or not classes: raise ValueError(f'there is no shape {odd[0] if odd else "in an empty list"}; there are {", ".join(SHAPES)}')
+    if n < 1 or most < 1 or size < 16: raise ValueError(f'{of} and most are 1 at least, size 16, not {n}, {most} and {size}')
+
 def make_shapes(n=64, # scenes
                 size=96, # pixels of a side
                 seed=0, most=4, # objects in a scene; there is one at least
                 classes=SHAPES # names of forms; label 1 is the first of them
                ) -> tuple[Tensor, list]: # images (n,3,size,size) uint8, a target for each: boxes, labels, masks
     "Scenes of textured shapes. The first of many are those of few. Raises ValueError for an unknown form"
-    odd = [c for c in classes if c not in _forms]
-    if odd or not classes: raise ValueError(f'there is no shape {odd[0] if odd else "in an empty list"}; there are {", ".join(SHAPES)}')
-    if n < 1 or most < 1 or size < 16: raise ValueError(f'n and most are 1 at least, size 16, not {n}, {most} and {size}')
+    _usable(n, size, most, classes)
     rng, dust = (torch.Generator().manual_seed(seed + s) for s in (0, 2**32)) # the dust depends on the size, the rest does not
     plans = torch.rand(n, _per_scene + most*_per_object, generator=rng, dtype=torch.float64).split(64)
     images, targets = [], []
@@ -162,6 +165,41 @@ def make_shapes(n=64, # scenes
     return torch.cat(images).contiguous(), targets
 
 # %% ../nbs/07_shapes.ipynb #3c9de482
+_glides = (1, .012, .03), (0, 0, .015), (4, 0, .04) # random number of an object, least and most of its change a frame: aside, nearer, tilt
+
+def _moved(r, v, frames, most):
+    "(1, random numbers) of a scene to those of each frame; `v` (most,3,2) random numbers of speeds"
+    r, t = r.repeat(frames, 1), torch.arange(frames, dtype=r.dtype)[:, None]
+    o = r[:, _per_scene:].view(frames, most, _per_object)
+    for (column, slow, fast), (size, way) in zip(_glides, v.permute(1, 2, 0)):
+        speed = (slow + (fast - slow)*size)*((way < .5)*2 - 1)
+        o[..., column] = 1 - ((o[0, :, column] + speed*t) % 2 - 1).abs() # to and fro between 0 and 1
+    return r, o[..., 0].argsort(1, descending=True) # who is nearest, as `_plan` sorts them
+
+# %% ../nbs/07_shapes.ipynb #9049c588
+def make_video(frames=24, size=96, # pixels of a side
+               seed=0, most=3, # objects; there is one at least
+               classes=SHAPES # names of forms
+              ) -> tuple[Tensor, Tensor]: # frames (t,3,size,size) uint8; ids (t,size,size) uint8: 0 ground, 1 the object that is nearest at first
+    "A scene of `make_shapes` whose objects move. The first frames of many are those of few. Raises ValueError for an unknown form"
+    _usable(frames, size, most, classes, 'frames')
+    rng, dust = (torch.Generator().manual_seed(seed + s) for s in (0, 2**32))
+    r, v = (torch.rand(*s, generator=rng, dtype=torch.float64) for s in ((1, _per_scene + most*_per_object), (most, 3, 2)))
+    r, who = _moved(r, v, frames, most)
+    number, images, ids = None, [], []
+    for r, who in zip(r.split(64), who.split(64)):
+        p = {k: x.float() if x.is_floating_point() else x for k, x in _plan(r, most, len(classes)).items()}
+        if number is None: # in the first frame, as in a scene, what is mostly hidden is not there
+            there = _draw({k: x[:1] for k, x in p.items()}, size, classes, torch.zeros(1))[1][0].any((1, 2))
+            number = torch.zeros(most, dtype=torch.uint8)
+            number[who[0, there]] = torch.arange(1, int(there.sum()) + 1, dtype=torch.uint8)
+        number_of = number[who] # (n,most), the nearest first
+        x, masks = _draw(p | dict(there=number_of > 0), size, classes, torch.rand(len(r), size, size, 1, generator=dust) - .5, True)
+        images.append(x)
+        ids.append((masks*number_of[..., None, None]).sum(1, dtype=torch.uint8))
+    return torch.cat(images).contiguous(), torch.cat(ids)
+
+# %% ../nbs/07_shapes.ipynb #ea67182a
 SEEDS = dict(train=0, valid=1, test=2) # of the scenes of each part, of every data set that is made of them
 
 def shape_images(n=2000, # scenes

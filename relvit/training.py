@@ -32,9 +32,9 @@ from .tasks import TASKS, Classification, RelViT
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['DATA', 'LIMITS', 'MODES', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe', 'Settings',
-           'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks', 'looks_at',
-           'usable', 'start_file', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
+__all__ = ['DATA', 'LIMITS', 'MODES', 'ELSEWHERE', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe',
+           'Settings', 'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks',
+           'looks_at', 'usable', 'start_file', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
            'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'same_data', 'show_learnt',
            'load_model', 'empty_model']
 
@@ -43,7 +43,7 @@ DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
 
 LIMITS = ( # what must hold, and for what
-    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate width anchors max_size'),
+    ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate width anchors max_size crop short'),
     ('2 or more', lambda v: v >= 2, 'mega'),
     ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every hold'),
     ('a share from 0 to below 1', lambda v: 0 <= v < 1, 'drop_path smoothing'),
@@ -295,11 +295,12 @@ class Joint(Pretrain):
         if self.mega and self.leak: raise ValueError('with leak=paper relations see what the classifier sees, which no mega-patches can be cut from')
 
 MODES = {c.__name__.lower(): c for c in (Pretrain, Finetune, Joint)}
+ELSEWHERE = dict(detect='relvit.detection', segment='relvit.segmentation') # modes that other pages add, and which
 
 def config_of(run:Run) -> Config:
     "The configuration of a run. Raises ValueError for a folder that `train` did not make"
     mode = run.config.get('mode')
-    if mode == 'detect' and mode not in MODES: raise ValueError(f'{run.path} is a run of relvit detect: import relvit.detection first')
+    if mode in ELSEWHERE and mode not in MODES: raise ValueError(f'{run.path} is a run of relvit {mode}: import {ELSEWHERE[mode]} first')
     if mode not in MODES or 'fit' not in run.data:
         raise ValueError(f'{run.path} is not of relvit pretrain, finetune or joint: its config.json and data.json do not say what they do')
     return MODES[mode].from_dict(run.config)

@@ -4,14 +4,14 @@
 
 # %% ../nbs/65_transfer.ipynb #e2576690
 from __future__ import annotations
-import json, statistics, pandas as pd
+import pandas as pd
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 from .boxes import open_boxes
 from .checkpoint import write_whole
 from .detection import Detect, evaluate_detector
-from .reproduce import known_as, stage
+from .reproduce import alike, keep_record, known_as, mean_spread, recorded, stage, unlike
 from .runs import provenance
 from .recipes import get_recipe
 from .training import Pretrain, change_recipe
@@ -115,10 +115,9 @@ class Transfer:
     @property
     def name(self):
         "What sets it apart, as the name of a file"
-        plain = {f.name: f.default for f in fields(self)}
         flags = ['supervised'] if self.method == 'supervised' else ['pretrained' if self.upstream else 'joint', *['permuted']*self.permuted, *[f'mega{self.side}']*self.mega]
         places = ('data', 'row', 'table', 'method', 'upstream', 'permute', 'mega', 'side', 'seed', 'workers', 'device', 'runs', 'results')
-        said = [f'{k}{"+".join(map(str, v)) if isinstance(v, tuple) else v}' for k in plain if k not in places and (v := getattr(self, k)) != plain[k]]
+        said = unlike(self, [f.name for f in fields(self) if f.name not in places])
         data = ['shapes']*(self.data == 'shapes')
         return '-'.join([self.table, self.row, *data, *flags, *said, f'seed{self.seed}']).replace('/', '_')
 
@@ -165,24 +164,16 @@ def transfer(t:Transfer, tell='notebook' # see `train`
                   scores=e.scores, classes=e.classes, beside=e.beside, images=e.images, printed=printed,
                   steps=[r.metrics[-1]['step'] for r in runs], batch=[r.config['bs'] for r in runs], recipes=[r.recipe for r in runs],
                   seconds=round(sum(m['seconds'] for r in runs for m in r.metrics)), encoder=[t.printed.encoder, *t.encoder_args], p=t.p, img_size=t.img_size, **provenance())
-    folder = t.results or Path('results')/t.table
-    write_whole(folder/f'{t.name}.json', lambda f: Path(f).write_text(json.dumps(record, indent=1)))
-    return record
+    return keep_record(t.results or Path('results')/t.table, t.name, record)
 
 def transfer_table(folder # of `transfer`
                   ) -> pd.DataFrame:
     "The recorded runs beside the printed numbers, in %. Raises FileNotFoundError where there is none"
-    files = sorted(Path(folder).glob('*.json'))
-    if not files: raise FileNotFoundError(f'there is no recorded run in {folder}; make one: relvit reproduce table2 --data VOCdevkit/VOC2007 --row vit')
-    groups = {}
-    for f in files:
-        r = json.loads(f.read_text())
-        groups.setdefault(json.dumps([r[k] for k in ('table', 'row', 'data', 'flags', 'kind', 'settings', 'steps', 'batch', 'recipes', 'encoder', 'p', 'img_size', 'part')]), []).append(r)
-    rows = []
-    for rs in groups.values():
+    rows, keys = [], 'table row data flags kind settings steps batch recipes encoder p img_size part'.split()
+    for rs in alike(recorded(folder, 'relvit reproduce table2 --data VOCdevkit/VOC2007 --row vit'), keys):
         r, ap = rs[0], [100*r['scores']['map'] for r in rs]
         flags = r['flags'] if isinstance(r['flags'], str) else ', '.join(['pretrained' if r['flags'][0] else 'joint', *['permuted']*r['flags'][1], *['mega-patches']*r['flags'][2]])
         rows.append({'row': f"{r['table']} {r['row']}" + (f" on {r['data']}" if r['data'] == 'shapes' else ''), 'training': flags, 'printed mAP': r['printed'][0] if r['printed'] else '',
-                     'ours': f'{statistics.mean(ap):.2f}' + (f' ± {statistics.stdev(ap):.2f}' if len(ap) > 1 else ''), 'seeds': len(rs),
+                     'ours': mean_spread(ap), 'seeds': len(rs),
                      'steps': ' + '.join(map(str, r['steps'])), 'usual boxes': f"{100*max(r['beside'].values()):.2f}", 'part': r['part']})
     return pd.DataFrame(rows)
