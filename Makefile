@@ -30,13 +30,14 @@ record: setup
 	$(BIN)/python -W ignore -m relvit.demo --all --first 10 --record results/demo.json
 	cp demo/demo.png nbs/images/demo.png
 
-# three hours on 2 cores; a second call goes on where the first was stopped
+# four hours on 2 cores; a second call goes on where the first was stopped
 study: setup
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --record results/photos.json --keep runs/photos
 	$(BIN)/python -W ignore -m relvit.photos $(DATA) --first 10 --modern --record results/modern.json --keep runs/photos
 	$(BIN)/python -W ignore -m relvit.methods $(DATA) --record results/methods.json --keep runs/methods
 	$(BIN)/python -W ignore -m relvit.scenes --first 10 --record results/scenes.json --keep runs/scenes
 	$(BIN)/python -W ignore -m relvit.scenes --first 10 --lr .003 --record results/scenes_high.json --keep runs/scenes_high
+	$(BIN)/python -W ignore -m relvit.dense --record results/dense.json --keep runs/dense
 
 benchmark: setup
 	$(BIN)/python benchmarks/patches.py
@@ -44,6 +45,7 @@ benchmark: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/train.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/methods.py
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore benchmarks/detect.py
+	$(if $(DAVIS),$(BIN)/python -W ignore benchmarks/video.py $(DAVIS),@echo 'video: DAVIS=folder make benchmark')
 
 # execute every notebook in place, keep light outputs, export the package, write README.md
 notebooks: setup

@@ -126,10 +126,11 @@ def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|
     table = predict(run, list(files), weights=weights)
     if out is None: print(table.to_csv(index=False), end='')
     else: write_whole(out, lambda f: table.to_csv(f, index=False))
-    print(f'{table.file.nunique()} images{f" in {out}" if out else ""}, {table.problem.astype(bool).sum()} unreadable', file=sys.stderr)
+    bad = table.problem.astype(bool) & ~table.problem.fillna('').str.startswith('a camera') # which is a note
+    print(f'{table.file.nunique()} images{f" in {out}" if out else ""}, {bad.sum()} unreadable', file=sys.stderr)
 
 def _track(encoder:Positional[str], data:Positional[Path], mask:Path|None=None, out:Path|None=None, part:str='val', context:int=7, topk:int=5,
-           radius:int=12, temperature:float=.1, short:int=480, layer:int=-1, normed:bool=False, positions:bool=True, device:str|None=None):
+           radius:int=12, temperature:float=.1, short:int=480, layer:int=-1, normed:bool=False, see_positions:bool=True, device:str|None=None):
     """Follow the objects of the first frame through videos, by frozen features alone. Prints J&F where there are true masks.
 
     Args:
@@ -145,22 +146,23 @@ def _track(encoder:Positional[str], data:Positional[Path], mask:Path|None=None, 
         short: pixels of a frame's short side
         layer: block whose features are compared
         normed: features after the last norm
-        positions: does the encoder see its positional embedding? One that was pretrained without it better not
+        see_positions: does the encoder see its positional embedding? One that was pretrained without it better not
         device: cpu, cuda, ...; the best there is
     """
     from fastai.torch_core import default_device
     from relvit.checkpoint import load_encoder
     from relvit.tokens import TokenEncoder
     from relvit.training import start_file
-    from relvit.video import read_video, track_objects
+    from relvit.video import Pixels, read_video, track_objects
     if out is None and mask is not None: raise ValueError('say where the masks shall go: --out FOLDER')
-    if encoder in ('pixels', 'still'): e = encoder
+    if encoder == 'still': e = encoder
+    elif encoder == 'pixels': e = Pixels().to(device or default_device())
     else:
         there = encoder if Path(encoder).exists() or not (Path('runs')/encoder/'config.json').is_file() else f'runs/{encoder}'
         if not Path(there).exists() and (there.endswith('.safetensors') or '/' in there): raise FileNotFoundError(f'there is no {there}')
         e = (load_encoder(start_file(there)) if Path(there).exists() else TokenEncoder(encoder)).to(device or default_device()).eval()
     source = read_video(data, mask) if mask is not None else data
-    plain = dict(normed=normed, layer=layer, pos_embed=None if positions else False) if not isinstance(e, str) else {}
+    plain = dict(normed=normed, layer=layer, pos_embed=None if see_positions else False) if not isinstance(e, str) else {}
     args = {} if e == 'still' else dict(context=context, topk=topk, radius=radius, temperature=temperature, short=short, **plain)
     s = track_objects(e, source, out, part, measure=mask is None, tell='bar' if sys.stderr.isatty() else 'nothing', **args)
     _show(s if mask is None else f'masks in {out}', s.asdict())
@@ -244,6 +246,20 @@ def _transfer(table, argv):
     printed = f"; printed: {record['printed'][0]}" if record['printed'] else ''
     _show(f"{table}, {record['row']}: {100*record['scores']['map']:.2f} % average precision on {record['said']}{printed}", record)
 
+def _dense(table, argv):
+    "A row of SERE's tables, or of SelfPatch's comparisons"
+    from relvit.dense_transfer import TABLES, DenseTransfer, dense_transfer
+    from relvit.reproduce import known_as
+    known_as('table', table, TABLES)
+    rows = '\n'.join(f'  {n:<12}{r.says}' for n, r in TABLES[table].rows.items())
+    said = f'{TABLES[table].says}\n\njudges: {", ".join(TABLES[table].judges)}, shapes\n\nrows of {table}\n{rows}'
+    t = tyro.cli(DenseTransfer, prog=f'relvit reproduce {table}', args=['--table', table, *argv], description=said)
+    if not (record := dense_transfer(t, tell='console')):
+        print('stopped, and saved. The same command goes on with it', file=sys.stderr)
+        return 130
+    scores = ', '.join(f'{k} {v:.4g}' for k, v in record['scores'].items() if v is not None)
+    _show(f"{table}, {record['row']}, judged by {record['judge']}: {scores}", record)
+
 def _table(folder:Positional[Path]=Path('results/table1')):
     """Recorded runs beside the paper's numbers, and how far each of them went.
 
@@ -251,7 +267,9 @@ def _table(folder:Positional[Path]=Path('results/table1')):
         folder: of the recorded figures
     """
     from relvit.reproduce import compare_rows
-    if {json.loads(f.read_text()).get('table') for f in folder.glob('*.json')} & {'table2', 'table3'}: from relvit.transfer import transfer_table as compare_rows
+    found = {json.loads(f.read_text()).get('table') or '' for f in folder.glob('*.json')}
+    if found & {'table2', 'table3'}: from relvit.transfer import transfer_table as compare_rows
+    elif any(t.startswith(('sere', 'selfpatch')) for t in found): from relvit.dense_transfer import dense_transfer_table as compare_rows
     table = compare_rows(folder)
     print(table.to_string(index=False) if sys.stdout.isatty() else table.to_json(orient='records'))
 

@@ -5,7 +5,7 @@
 # %% ../nbs/68_dense.ipynb #e2fbd4d9
 from __future__ import annotations
 import time, torch
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fastcore.script import call_parse
 from functools import partial
 from torch import Tensor
@@ -13,7 +13,7 @@ from .augment import random_flip, random_resized_crop
 from .data import image_dls
 from .dino import DINO
 from .experiments import fit_arm, gain, mean_sd, run_arms, write_record
-from .label_maps import MapSplits, shapes_maps, voc_colours
+from .label_maps import MapSplits, shapes_maps
 from .learner import encoder_of, pretrain_learner
 from .patches import to_patches
 from .plots import plt, show_image
@@ -26,8 +26,8 @@ from .sere import ChannelRelation, PixelRelation, view_difference
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['TASKS', 'ARMS', 'Dense', 'dense_sets', 'pretrained', 'segmented', 'patch_classes', 'on_pixels', 'arm', 'dense_table',
-           'patches_figure', 'compare_dense']
+__all__ = ['QUICK', 'TASKS', 'ARMS', 'Dense', 'dense_sets', 'pretrained', 'segmented', 'patch_classes', 'on_pixels', 'arm',
+           'dense_table', 'patches_figure', 'compare_dense']
 
 # %% ../nbs/68_dense.ipynb #733c11da
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Dense:
         if name == 'relvit': return get_recipe('default').but(lr=self.relvit_lr, final_lr=self.relvit_lr/100)
         return get_recipe('sere').but(lr=self.teacher_lr, final_lr=self.teacher_lr/100, locals=0, global_scale=(.14, 1.), drop_path=0.,
                                       freeze_last=0, warmup=.1)
+
+QUICK = Dense(images=32, annotated=16, test=8, pretrain_steps=2, pretrain_bs=4, steps=2, bs=4, dim=24, depth=1, out=16, patch_out=16, hidden=16, bottleneck=8)
 
 TASKS = dict(relvit='r', I='I', p='p', c='c', Ip='Ip', Ic='Ic', pc='pc', Ipc='Ipc', selfpatch='Is', relvit_sere='pcr', everything='Isr')
 ARMS = {'place': 'the most frequent class at each place', 'pixels': 'a linear head on the pixels of a patch and its place', 'random': 'random',
@@ -202,7 +204,7 @@ def compare_dense(seeds:int=3, first:int=0, # how many, and the first of them
                   quick:bool=False): # a few steps, to see that everything runs; the numbers mean nothing
     "Pretrain by every method on generated scenes, judge the patches by a linear head"
     began, origin = time.time(), provenance()
-    cfg = Dense(images=32, annotated=16, test=8, pretrain_steps=2, pretrain_bs=4, steps=2, bs=4, dim=24, depth=1, out=16, patch_out=16, hidden=16, bottleneck=8) if quick else Dense()
+    cfg = QUICK if quick else Dense()
     if unknown := [a for a in arms.split(',') if a and a not in ARMS]: raise ValueError(f'no arm is called {unknown[0]!r}; there are {", ".join(ARMS)}')
     chosen = {a: partial(arm, a) for a in (arms.split(',') if arms else ARMS)}
     results = run_arms(chosen, list(range(first, first + seeds)), cfg, workers=workers, keep=keep)

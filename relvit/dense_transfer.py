@@ -6,12 +6,14 @@
 from __future__ import annotations
 import hashlib, re, torch, pandas as pd
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 from pathlib import Path
 from .checkpoint import load, load_encoder
 from .datasets import open_data
 from .detection import SMALL, Detect, evaluate_detector, open_detection
+from .distributed import join, together
 from .evaluation import evaluate
 from .images import image_files
 from .reproduce import alike, keep_record, known_as, mean_spread, recorded, stage, unlike
@@ -21,7 +23,7 @@ from .sere import view_difference
 from .shapes import make_video
 from .tokens import TokenEncoder
 from .training import (Finetune, Pretrain, change_recipe, config_of, config_recipe, make_learner, open_config_data, parse_args,
-                             recipe_of, settle)
+                             recipe_of, settle, usable)
 from .video import Pixels, Video, read_davis, track_objects
 
 # %% auto #0
@@ -39,6 +41,8 @@ class Judge:
     settings:dict = field(default_factory=dict) # of it, as the paper has them
     comparable:bool = True # is what is measured here what was printed?
     scale:float = 100. # a score of 1 is printed as this
+    classes:int|None = None # of the paper's data; None: the `Setting` says it
+    either:tuple = () # other `judge_args` that may be what the paper did, for it does not say
 
 _overlap, _known = {'mIoU': 'miou', 'mAcc': 'macc'}, {'mIoU': 'miou', 'F': 'fmeasure'}
 _uper = dict(kind='uper', recipe='uper', width=384, valid=.01, steps=1000) # of an epoch, so that epochs are thousands of steps
@@ -49,16 +53,18 @@ JUDGES = {
     'imagenets': Judge('ImageNet-S, ten labelled images a class: one linear layer, 100 epochs', _known, Segment,
                        dict(format='imagenets', kind='linear', recipe='imagenets', valid=.01)),
     'voc': Judge('VOC 2012: UperNet, 20,000 steps', _overlap, Segment,
-                 dict(format='voc', epochs=20, recipe_args=('warmup=.075',), **_uper)),
-    'ade20k': Judge('ADE20K: UperNet, 160,000 steps', _overlap, Segment, dict(format='ade20k', epochs=160, **_uper)),
+                 dict(format='voc', epochs=20, recipe_args=('warmup=.075',), **_uper), classes=21,
+                 either=(dict(data_args=dict(augmented=True)),)),
+    'ade20k': Judge('ADE20K: UperNet, 160,000 steps', _overlap, Segment, dict(format='ade20k', epochs=160, **_uper), classes=150),
     'ade20k-fpn': Judge('ADE20K: Semantic FPN, 40,000 steps', _overlap, Segment,
-                        dict(format='ade20k', kind='fpn', recipe='semfpn', epochs=40, steps=1000, valid=.01)),
+                        dict(format='ade20k', kind='fpn', recipe='semfpn', epochs=40, steps=1000, valid=.01,
+                             strides=(16,)*4, layers=(2, 5, 8, 11)), classes=150),
     'coco': Judge('COCO: Cascade Mask R-CNN, 12 epochs', _boxes, Detect,
-                  dict(kind='cascade', bs=16, recipe_args=('lr=1e-4', 'layer_decay=.8', 'warmup=.0114'), **_sides)),
-    'coco-mask': Judge('COCO: Mask R-CNN, 12 epochs', _boxes, Detect, dict(kind='mask', **_sides)),
+                  dict(kind='cascade', bs=16, recipe_args=('lr=1e-4', 'layer_decay=.8', 'warmup=.0114'), **_sides), classes=80),
+    'coco-mask': Judge('COCO: Mask R-CNN, 12 epochs', _boxes, Detect, dict(kind='mask', **_sides), classes=80),
     'davis': Judge('DAVIS 2017: labels carried from patch to patch, nothing trained', {'J&F': 'jf', 'J': 'j', 'F': 'f'}),
     'labels': Judge('ImageNet-1k: labels, end to end, 100 epochs', {'top-1': 'top1', 'top-5': 'top5'}, Finetune,
-                    dict(recipe='finetune', valid=.01)),
+                    dict(recipe='finetune', valid=.01), classes=1000),
     'difference': Judge('how much relations differ between two views, nothing trained', {'pixel': 'pixel', 'channel': 'channel'},
                         comparable=False, scale=1.),
     'shapes': Judge('generated scenes: one linear layer', _known, Segment, dict(kind='linear'), comparable=False)}
@@ -73,13 +79,14 @@ class Setting:
     encoder:str = 'vit_small_patch16_224'
     encoder_args:tuple = ()
     pos_std:float|None = None # spread of the positions at the start
+    classes:int|None = None # of the ImageNet-S that it is judged by, with `other`
 
 SETTINGS = {
-    'sere': Setting('ImageNet-1k, 100 epochs of 512, 2 + 4 crops', 'sere'),
+    'sere': Setting('ImageNet-1k, 100 epochs of 512, 2 + 4 crops', 'sere', classes=920),
     'sere-s300': Setting('ImageNet-S300, 100 epochs of 256, 2 crops', 'sere',
-                         ('bs=256', 'lr=5e-4', 'final_lr=1e-6', 'locals=0', 'global_scale=[.14,1.]')),
+                         ('bs=256', 'lr=5e-4', 'final_lr=1e-6', 'locals=0', 'global_scale=[.14,1.]'), classes=301),
     'moco3-s300': Setting('ImageNet-S300, 100 epochs of 256, 2 crops', 'moco3', ('epochs=100', 'bs=256', 'lr=1.5e-4'),
-                          encoder_args=('num_heads=12', 'pos_embed=sincos'), pos_std=.536), # that of the waves: they stay as they are
+                          encoder_args=('num_heads=12', 'pos_embed=sincos'), pos_std=.536, classes=301), # that of the waves: they stay as they are
     'selfpatch': Setting('ImageNet-1k, 200 epochs of 1024, 2 + 8 crops', 'selfpatch'),
     'moby': Setting('ImageNet-1k, 300 epochs of 512, 2 crops', 'moby'),
     'moby-swin': Setting('ImageNet-1k, 300 epochs of 512, 2 crops; Swin-T', 'moby', encoder='swin_tiny_patch4_window7_224')}
@@ -196,6 +203,11 @@ def printed_dense() -> pd.DataFrame:
     return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/67_dense_transfer.ipynb #249d19da
+def _photos_missing(folder):
+    "Is this an ImageNet-S that has masks, but not the images to pretrain on?"
+    home, masks = Path(folder), ('*-segmentation', 'ImageNetS*/*-segmentation')
+    return not (home/'train').is_dir() and any(p.is_dir() for m in masks for p in home.glob(m))
+
 def _settled(t):
     "With row, judge and its data, if nobody said them"
     table = known_as('table of SERE or SelfPatch', t.table, TABLES)
@@ -211,6 +223,9 @@ def _settled(t):
     if odd := [a for a in t.task_args if a.partition('.')[0] not in used]:
         raise ValueError(f'task_args: no row of {t.table} has the task of {odd[0]!r}; they have {", ".join(sorted(used))}')
     change_recipe(SETTINGS[table.rows[row].setting].recipe, t.pretrain_recipe_args)
+    if table.rows[row].tasks and _photos_missing(t.data):
+        raise ValueError(f'{t.data} has folders of masks but no folder train: its masks and validation images would be pretrained on; '
+                         'give the whole ImageNet-S, or as data the folder of the images to pretrain on and this one as judge_data')
     return dict(row=row, judge=judge, judge_data=data)
 
 # %% ../nbs/67_dense_transfer.ipynb #347ae0c4
@@ -223,7 +238,7 @@ def file_name(*parts, most=160 # letters
 # %% ../nbs/67_dense_transfer.ipynb #f58215d1
 SMALL_TASKS = dict(dino=('out=1024', 'hidden=256', 'bottleneck=64', 'momentum=.99'), selfpatch=('out=256', 'hidden=256', 'bottleneck=64'),
                    moco3=('hidden=256', 'out=64'), moby=('hidden=256', 'out=64', 'size=1024')) # heads of small encoders
-SMALL_RECIPE = 'epochs=20', 'bs=32', 'lr=3e-3', 'final_lr=3e-5', 'warmup=.1', 'drop_path=0', 'freeze_last=0'
+SMALL_RECIPE = 'epochs=5', 'bs=32', 'lr=3e-3', 'final_lr=3e-5', 'warmup=.1', 'drop_path=0', 'freeze_last=0'
 
 PRETRAINING = 'encoder encoder_args img_size p task_args pretrain_recipe_args pretrain_epochs pretrain_steps pretrain_bs valid accumulate amp'.split()
 JUDGING = 'recipe_args epochs steps bs freeze judge_args'.split()
@@ -239,7 +254,7 @@ class DenseTransfer:
     seed:int = 0
     freeze:bool = False # train the head alone, where the papers train the encoder along
     epochs:int|None = None # of the judge; the papers' for this and the next
-    steps:int|None = None # of the judge, batches of an epoch
+    steps:int|None = None # of the judge, batches of an epoch, `accumulate` of them to a step of the optimiser
     bs:int|None = None # of the judge, images of a batch
     recipe_args:tuple[str, ...] = () # changes of the judge's recipe
     judge_args:tuple[str, ...] = () # other changes of it, like crop=256; what `relvit segment` or `detect` or `finetune` take
@@ -252,7 +267,7 @@ class DenseTransfer:
     encoder_args:tuple[str, ...] = () # changes of it, like depth=6 embed_dim=192
     img_size:int|None = None # pixels that it is pretrained at; 224, shapes 96
     p:int|None = None # pixels of a side of a patch, of a ViT; 16, shapes 8
-    valid:float = .01 # share of the images to pretrain on that is held out to look at
+    valid:float = .01 # share of the images to pretrain on that is held out to look at; of some dozens take more
     check:bool = True # decode every file before pretraining or finetuning; without, the first bad one ends the run
     accumulate:int = 1 # batches to an optimiser step
     amp:bool = False # bfloat16
@@ -317,11 +332,18 @@ def _first(t, **common):
                     recipe_args=_last(s.recipe_args, SMALL_RECIPE if shapes else (), t.pretrain_recipe_args),
                     epochs=t.pretrain_epochs, steps=t.pretrain_steps, bs=t.pretrain_bs, name=t.pretrained)
 
+def _twelve(encoder, encoder_args, p, **_):
+    "Is this a plain ViT of twelve blocks with tokens of 16 pixels?"
+    known = re.match(r'(vit|deit3?)_(tiny|small|base)_patch\d+_\d+(\.|$)', encoder)
+    return bool(known) and p == 16 and parse_args(encoder_args).get('depth', 12) == 12
+
 def _second(t, first, **common):
     "The configuration that judges; None where nothing is trained for it"
     if not (kind := t.by.of): return None
     scenes, own, fresh, labels = t.judge_data == 'shapes', dict(t.by.settings), _fresh(t), kind is Finetune
     if scenes: own = {k: v for k, v in own.items() if k == 'kind' or (k == 'recipe' and labels)}
+    if not _twelve(**fresh): own = {k: v for k, v in own.items() if k not in ('strides', 'layers')}
+    if 'steps' in own: own['steps'] *= t.accumulate # the papers count steps of the optimiser, a configuration batches
     own |= {k: v for k in ('epochs', 'steps', 'bs') if (v := getattr(t, k)) is not None} | (dict(freeze=True) if t.freeze else {})
     own['recipe_args'] = _last(own.get('recipe_args', ()), t.recipe_args)
     own |= dict(data='imagenet', root=str(t.judge_data)) if labels and not scenes else dict(data=str(t.judge_data))
@@ -337,12 +359,13 @@ def configs(t:DenseTransfer) -> list:
     first = _first(t, **common)
     return [c for c in (first, _second(t, first, **common)) if c]
 
-# %% ../nbs/67_dense_transfer.ipynb #b73b4ac3
+# %% ../nbs/67_dense_transfer.ipynb #ced0643c
 @torch.no_grad()
 def top5(run, # `Run` of finetune
          part='test') -> float: # or 'valid'
     "How often the label is among the five that are most likely"
-    learn = make_learner(config_of(run), encoder=load_encoder(run.last), recipe=recipe_of(run))
+    c = config_of(run)
+    learn = make_learner(c if usable(c.device) else c.but(device=None), encoder=load_encoder(run.last), recipe=recipe_of(run))
     load(run.last, learn)
     hits, n = 0, 0
     for x, y in learn.dls.test if part == 'test' else learn.dls.valid:
@@ -357,7 +380,7 @@ def _trained(t, run):
     scores = e.scores if t.by.of is not Finetune else dict(e.scores, top1=e.scores['labels_acc'], top5=top5(run, part))
     return dict(scores=scores, classes=e.classes, beside=e.beside, images=e.images, part=part, said=e.part)
 
-# %% ../nbs/67_dense_transfer.ipynb #a1d75ca1
+# %% ../nbs/67_dense_transfer.ipynb #d96d7592
 def _photos(t):
     "Validation images of ImageNet-S, or all of a folder, or the scenes that no row has seen"
     size, root = _fresh(t)['img_size'], Path(t.judge_data)
@@ -382,7 +405,7 @@ def _frozen(t):
         encoder = TokenEncoder(f['encoder'], f['img_size'], f['p'], **own, **parse_args(f['encoder_args']))
     return encoder.to(t.device or default_device()).eval()
 
-# %% ../nbs/67_dense_transfer.ipynb #ced0643c
+# %% ../nbs/67_dense_transfer.ipynb #2a139e40
 def _davis(t, encoder, tell):
     "J&F of objects that frozen features carry along, beside masks that stay where they are, and pixels"
     scenes, p = t.judge_data == 'shapes', encoder.p if isinstance(encoder.p, int) else encoder.p[0]
@@ -390,7 +413,8 @@ def _davis(t, encoder, tell):
     how, normed = dict(short=None, radius=max(24//p, 1)) if scenes else {}, 'selfpatch' not in t.way.tasks # whose norm nothing trains
     track = lambda e, **kw: track_objects(e, source, tell='nothing' if tell == 'nothing' else 'bar', **kw)
     out = {} if scenes else dict(out=t.runs/f'{t.judged}-masks') # what is there is not done again
-    found, others = track(encoder, normed=normed, **out, **how), {'masks that do not move': track('still'), 'pixels': track(Pixels(p), **how)}
+    pixels, found = Pixels(p).to(encoder.mean.device), track(encoder, normed=normed, **out, **how)
+    others = {'masks that do not move': track('still'), 'pixels': track(pixels, **how)}
     each, n = {f'{v}, {k}': float(x.mean()) for v, k, x in found.objects}, len(found.videos)
     return dict(scores=found.means, classes=each, beside={k: v.jf for k, v in others.items()}, images=n, part='test',
                 said=f'{n} videos, {len(found.objects)} objects')
@@ -402,17 +426,42 @@ def _look(t):
     c = configs(t)[-1].but(init=None, **(dict(check=False) if t.by.of is Finetune else {})) # it will be checked when it is trained on
     {Segment: open_segmentation, Detect: open_detection, Finetune: open_config_data}[t.by.of](settle(c))
 
-# %% ../nbs/67_dense_transfer.ipynb #2a139e40
+# %% ../nbs/67_dense_transfer.ipynb #aa120822
 def _batches(t): return [(c.bs or config_recipe(c).bs)*c.accumulate for c in configs(t)]
 
-def printed_for(t:DenseTransfer) -> list|None:
-    "What was printed about this, in the order of the judge's measures; None where the setting is another"
+def printed_for(t:DenseTransfer, classes:int=None # of the data of the judge; None: not known yet
+               ) -> list|None:
+    "What was printed about this, in the order of the judge's measures; None where the setting or the judge's data is another"
     plain = DenseTransfer(t.data, t.row, t.table, t.judge, t.judge_data, t.seed)
-    changed = [*unlike(t, [k for k in PRETRAINING + JUDGING if k not in ('bs', 'pretrain_bs', 'accumulate', 'amp', 'valid')])]
-    same = not changed and 'shapes' not in (t.data, t.judge_data) and t.by.comparable and t.way.own and _batches(t) == _batches(plain)
+    changed = unlike(t, [k for k in PRETRAINING + JUDGING if k not in ('bs', 'pretrain_bs', 'accumulate', 'amp', 'judge_args')])
+    if 'moco3' in t.way.tasks: changed += unlike(t, ['accumulate'])
+    said = parse_args(t.judge_args, 'judge_args') in ({}, *t.by.either) and classes in (None, t.by.classes or SETTINGS[t.way.setting].classes)
+    same = said and not changed and 'shapes' not in (t.data, t.judge_data) and t.by.comparable and t.way.own and _batches(t) == _batches(plain)
     return list(t.way.printed[t.judge]) if same and t.judge in t.way.printed else None
 
-# %% ../nbs/67_dense_transfer.ipynb #aa120822
+# %% ../nbs/67_dense_transfer.ipynb #b6d708b7
+def _by_first(do, device=None):
+    "What the first of several processes comes to, in every one of them: the others wait, as long as it takes"
+    if not (several := together()): return do()
+    join(device) # nothing may have been left to train together
+    group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=7)) # after ten minutes NCCL would take the first for lost
+    said = [None if several['rank'] else do()]
+    torch.distributed.broadcast_object_list(said, group=group)
+    return said[0]
+
+# %% ../nbs/67_dense_transfer.ipynb #985908d5
+def _record(t, runs, tell):
+    "Judge, and write down what was found with everything that made it"
+    found = _trained(t, runs[-1]) if t.by.of else _davis(t, _frozen(t), tell) if t.judge == 'davis' else _difference(t, _frozen(t))
+    said, fresh, classes = {k: getattr(t, k) for k in PRETRAINING + JUDGING}, _fresh(t), len(runs[-1].data['classes']) if t.by.of else None
+    data = ['shapes' if d == 'shapes' else Path(d).name for d in (t.data, t.judge_data)]
+    record = dict(table=t.table, row=t.row, says=t.way.says, judge=t.judge, data=data, seed=t.seed, **found,
+                  printed=printed_for(t, classes) if found['part'] == 'test' else None, measures=t.by.measures, tasks=t.way.tasks,
+                  task_args=_first(t).task_args if t.way.tasks else [], settings=said, encoder=[fresh['encoder'], *fresh['encoder_args']],
+                  p=fresh['p'], img_size=fresh['img_size'], steps=[r.metrics[-1]['step'] for r in runs], batch=[r.config['bs'] for r in runs],
+                  recipes=[r.recipe for r in runs], seconds=round(sum(m['seconds'] for r in runs for m in r.metrics)), **provenance())
+    return keep_record(t.results or Path('results')/t.table, t.name, record)
+
 def dense_transfer(t:DenseTransfer, tell='notebook' # see `train`
                   ) -> dict: # what was written into `results`; {} if it was stopped
     "A row by one judge with one seed. Stopped, it goes on where it was when called again"
@@ -421,17 +470,9 @@ def dense_transfer(t:DenseTransfer, tell='notebook' # see `train`
     for c in configs(t):
         runs.append(stage(c, tell))
         if not runs[-1].summary: return {}
-    found = _trained(t, runs[-1]) if t.by.of else _davis(t, _frozen(t), tell) if t.judge == 'davis' else _difference(t, _frozen(t))
-    said, fresh = {k: getattr(t, k) for k in PRETRAINING + JUDGING}, _fresh(t)
-    data = ['shapes' if d == 'shapes' else Path(d).name for d in (t.data, t.judge_data)]
-    record = dict(table=t.table, row=t.row, says=t.way.says, judge=t.judge, data=data, seed=t.seed, **found,
-                  printed=printed_for(t) if found['part'] == 'test' else None, measures=t.by.measures, tasks=t.way.tasks,
-                  task_args=_first(t).task_args if t.way.tasks else [], settings=said, encoder=[fresh['encoder'], *fresh['encoder_args']],
-                  p=fresh['p'], img_size=fresh['img_size'], steps=[r.metrics[-1]['step'] for r in runs], batch=[r.config['bs'] for r in runs],
-                  recipes=[r.recipe for r in runs], seconds=round(sum(m['seconds'] for r in runs for m in r.metrics)), **provenance())
-    return keep_record(t.results or Path('results')/t.table, t.name, record)
+    return _by_first(lambda: _record(t, runs, tell), t.device)
 
-# %% ../nbs/67_dense_transfer.ipynb #4251e847
+# %% ../nbs/67_dense_transfer.ipynb #d7375d1f
 def dense_transfer_table(folder # of `dense_transfer`
                         ) -> pd.DataFrame:
     "The recorded runs beside the printed numbers, in % but for differences. Raises FileNotFoundError where there is none"
@@ -442,10 +483,10 @@ def dense_transfer_table(folder # of `dense_transfer`
         r, scale = rs[0], JUDGES[rs[0]['judge']].scale
         there = {what: [scale*one['scores'][k] for one in rs] for what, k in r['measures'].items() if r['scores'].get(k) is not None}
         printed = dict(zip(r['measures'], r['printed'] or ()))
-        beside = {k: scale*v for k, v in r['beside'].items()}
+        beside = {k: mean_spread([scale*one['beside'][k] for one in rs if k in one['beside']]) for k in r['beside']}
         rows.append({'row': f"{r['table']} {r['row']}" + ' on shapes'*(r['data'][0] == 'shapes'), 'pretrained by': r['says'],
                      'judge': ' '.join([r['judge'], *[f'on {r["data"][1]}']*(r['judge'] != 'shapes')]), 'measures': ' / '.join(there),
                      'printed': _numbers(printed.get(k) for k in there) if printed else '', 'ours': ' / '.join(map(mean_spread, there.values())),
-                     'seeds': len(rs), 'steps': ' + '.join(map(str, r['steps'])), 'beside': ', '.join(f'{k} {v:.2f}' for k, v in beside.items()),
+                     'seeds': len(rs), 'steps': ' + '.join(map(str, r['steps'])), 'beside': ', '.join(f'{k} {v}' for k, v in beside.items()),
                      'part': r['part']})
     return pd.DataFrame(rows)

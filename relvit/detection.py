@@ -172,7 +172,6 @@ class Detect(Fit, BoxData):
 
     def __post_init__(self):
         if self.data is None and self.init is None: object.__setattr__(self, 'data', 'shapes')
-        object.__setattr__(self, 'recipe', self.recipe or ('scenes' if self.data == 'shapes' else 'detect'))
         super().__post_init__()
         if self.tasks: parse_task_args(self.task_args, known := parse_tasks(self.tasks))
         if self.tasks and (bad := [t for t in known if t == 'labels' or getattr(TASKS.get(t), 'view', 'patches') != 'patches']):
@@ -180,6 +179,9 @@ class Detect(Fit, BoxData):
         if self.mega and not self.tasks: raise ValueError('mega is for relation tasks, and tasks names none')
         if self.task_args and not self.tasks: raise ValueError('task_args are for relation tasks, and tasks names none')
         if self.compile: raise ValueError('compile is for whole passes of an encoder, and a detector reads its layers one by one')
+
+    @property
+    def usual(self): return 'scenes' if self.data == 'shapes' else 'detect'
 
 MODES['detect'] = Detect
 

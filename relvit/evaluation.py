@@ -35,7 +35,7 @@ class Evaluation:
 
     def asdict(self): return dict(self.__dict__, run=str(self.run))
     def __repr__(self):
-        pc = lambda k, v: f'{100*v:5.1f} %' if k.endswith(('acc', 'acc_off')) else f'{v:7.3f}'
+        pc = lambda k, v: f'{100*v:5.1f} %' if k.endswith(('acc', 'acc_off', 'miou', 'fmeasure')) else f'{v:7.3f}'
         rows = [f'{self.run}: {self.images:,} images, {self.part}']
         rows += [f'  {k.replace("_", " "):<54}{pc(k, v)}' + (f'   a guess: {pc(k, self.chance[k]).strip()}' if k in self.chance else '')
                  for k, v in self.scores.items() if v is not None]

@@ -262,7 +262,9 @@ def _by_class(y, seed):
 def split(ds, # `Images` or `ImageFiles`
           share=.2, # of each class that is held out; a number above 1 counts images
           seed=0) -> tuple: # (rest, held out)
-    "Hold out a part, class by class"
+    "Hold out a part, class by class. Raises ValueError where one of the two would be empty"
+    if not 0 < round(share if share > 1 else len(ds)*share) < len(ds):
+        raise ValueError(f'{share if share > 1 else f"{share:.2%}"} of {len(ds)} images cannot be held out: {"none would be" if share <= 1 and len(ds)*share < 1 else "none would be left"}')
     groups, share = _by_class(ds.y, seed), share/len(ds) if share > 1 else share
     exact = torch.tensor([len(g)*share for g in groups], dtype=torch.float64)
     counts = exact.floor().long()

@@ -324,7 +324,11 @@ def read_ade20k(root, # folder `ADEChallengeData2016`, or one that holds it
 
 # %% ../nbs/08_label_maps.ipynb #96b7d6c9
 def _s_parts(home): return sorted(p.name[:-13] for p in Path(home).glob('*-segmentation') if p.is_dir())
-def _s_home(root, year=None): return next((h for h in (Path(root), *sorted(Path(root).glob('ImageNetS*'))) if _s_parts(h)), None)
+def _s_home(root, year=None):
+    if _s_parts(root): return Path(root)
+    found = [h for h in sorted(Path(root).glob('ImageNetS*')) if _s_parts(h)]
+    if len(found) > 1: raise ValueError(f'{root} holds {", ".join(h.name for h in found)}; give one of these folders')
+    return found[0] if found else None
 
 def read_imagenets(root, # folder `ImageNetS50`, or one that holds it
                    part='train-semi', # or 'validation'
@@ -357,6 +361,9 @@ class MapSplits(Parts):
     def background(self): return self.train.background
     @property
     def palette(self): return self.train.palette
+    def report(self) -> dict: # plain data, for the record of a run
+        "What is trained on, chosen on and reported on; the class that means none, and the colours"
+        return super().report() | dict(background=self.background, palette=self.palette.tolist())
 
 def _voc_open(root, year=None):
     home = voc_home(root, year, 'ImageSets')

@@ -162,9 +162,9 @@ RECIPES = {r.name: r for r in (
            betas=(.9, .999), warmup=.0057, schedule='stairs', clip=0., drop_path=.05),
     Recipe('imagenets', says="a linear head on ImageNet-S, the encoder along with it, as SERE was judged", bs=256, lr=5e-4, final_lr=1e-6, betas=(.9, .999),
            warmup=.05, clip=0., layer_decay=.5, drop_path=.1),
-    Recipe('uper', says="UperNet on ADE20K, as iBOT's and SERE's: 160,000 steps; on VOC 20,000", epochs=127, bs=16, lr=3e-5, final_lr=0., betas=(.9, .999),
+    Recipe('uper', says="UperNet, as iBOT's and SERE's: on ADE20K about 160,000 steps; VOC wants 20,000, that is epochs=20, steps=1000 and warmup=.075", epochs=127, bs=16, lr=3e-5, final_lr=0., betas=(.9, .999),
            warmup=1500/160000, schedule='poly', clip=0., layer_decay=.9, drop_path=.1),
-    Recipe('semfpn', says='Semantic FPN on ADE20K, as SelfPatch was judged: 40,000 steps', epochs=32, bs=16, lr=6e-5, final_lr=0., betas=(.9, .999), wd=.01,
+    Recipe('semfpn', says='Semantic FPN on ADE20K, as SelfPatch was judged: about 40,000 steps', epochs=32, bs=16, lr=6e-5, final_lr=0., betas=(.9, .999), wd=.01,
            warmup=1500/40000, schedule='poly', clip=0.),
     Recipe('scenes', says='a small detector or segmenter on small images: short, at a high learning rate', epochs=12, bs=8, lr=5e-4, final_lr=5e-6, betas=(.9, .999), warmup=.05))}
 

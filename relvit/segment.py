@@ -133,7 +133,7 @@ class Segmenter(RelViT):
                  vocab=None, # names of the classes
                  palette=None, # (classes,3) their colours, 0 to 255
                  background:int=None, # the class that means none of the others
-                 channels:int=None, # width of the head: 512 of UperNet; 128 of Semantic FPN, whose pyramid is twice as wide
+                 channels:int=None, # width of the head: 512 of UperNet, 384 in iBOT's ViT-S; 128 of Semantic FPN, its pyramid's twice that
                  dropout=.1, # of channels before the last layer
                  aux=.4, # weight of UperNet's auxiliary head; 0: without
                  strides=(4, 8, 16, 32), layers=None, # of the maps, pixels; blocks or stages, see `choose_levels`
@@ -173,7 +173,7 @@ def _build(self:Segmenter, kind, classes, channels, dropout, aux, strides, layer
     self.neck = make_neck(self.encoder, strides, layers, 2*width, norm, mix='fpn' if kind == 'fpn' else None)
     if kind == 'fpn': self.head = FPNHead(strides, 2*width, classes, width, dropout, norm)
     else: self.head = UPerHead(self.neck.dims, classes, width, dropout=dropout, norm=norm)
-    if aux: self.aux = AuxHead(self.neck.dims[AUX], classes, max(width//2, 1), dropout, norm)
+    if aux: self.aux = AuxHead(self.neck.dims[AUX], classes, min(width, 256), dropout, norm)
 
 # %% ../nbs/44_segment.ipynb #16e98efc
 @patch(as_prop=True)
@@ -221,7 +221,7 @@ def spread(logits:Tensor, # (b,k,h,w) of a canvas
     out = tuple(out or size)
     if tuple(canvas) == tuple(size): return enlarge(logits, out)
     times = [o/s*c/l for o, s, c, l in zip(out, size, canvas, logits.shape[2:])]
-    return F.interpolate(logits, scale_factor=times, mode='bilinear', align_corners=False)[..., :out[0], :out[1]]
+    return torch.ops.aten.upsample_bilinear2d(logits, out, False, *times) # F.interpolate takes a size or a scale, and rounds the latter's down
 
 # %% ../nbs/44_segment.ipynb #ba62ca7c
 @patch
@@ -273,7 +273,7 @@ def _check_maps(self:Segmenter, maps, logits, size):
     "`size` is what the logits should have"
     if maps.ndim != 3 or len(maps) != len(logits) or tuple(logits.shape[2:]) != size:
         raise ValueError(f'maps of {tuple(maps.shape)} do not belong to images whose logits are {tuple(logits.shape)}')
-    low, high = (int(v) for v in maps.aminmax())
+    low, high = torch.stack(maps.aminmax()).tolist() # one wait for the device
     if low < IGNORE or high >= self.classes:
         raise ValueError(f'classes are 0 to {self.classes - 1}, {IGNORE} where none counts; a map has {low if low < IGNORE else high}')
 

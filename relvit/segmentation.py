@@ -5,27 +5,29 @@
 # %% ../nbs/49_segmentation.ipynb #486e6c96
 from __future__ import annotations
 import copy, json, math, torch, pandas as pd
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 from fastai.torch_core import default_device
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 from pathlib import Path
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 from typing import Literal
 from .augment import ViewAugment
-from .boxes import pixel_statistics, stored_image
 from .callbacks import AutoCast, AverageWeights
 from .checkpoint import load, load_encoder, write_whole
 from .data import ImageLoader, seed_of
 from .detection import SMALL, start_encoder
 from .evaluation import Evaluation, image_paths
-from .images import Unreadable
-from .label_maps import IGNORE, MapSet, MapSplits, open_maps, show_map
+from .images import Unreadable, pixel_statistics, stored_image
+from .label_maps import IGNORE, MapSplits, open_maps, show_map
 from .learner import FreezeEncoder, encoder_of, make_encoder, optimised
+from .patches import pair
 from .plots import plt, show_image
 from .recipes import get_recipe
 from .runs import Run
@@ -36,9 +38,10 @@ from .training import (MODES, Fit, Settings, config_of, config_recipe, empty_mod
                              settle, settle_fit, usable)
 
 # %% auto #0
-__all__ = ['COLOURS', 'SCORES', 'cut_window', 'share_window', 'scale_windows', 'MapLoader', 'map_dls', 'JudgeMaps', 'MapMetric',
-           'SegmentLearner', 'segment_learner', 'MapData', 'Segment', 'open_segmentation', 'look_of', 'segmenter_args',
-           'load_segmenter', 'usual_map', 'enlarged', 'judge_usual', 'evaluate_segmenter', 'write_map', 'segment_files']
+__all__ = ['JITTERS', 'WINDOWS', 'SCORES', 'cut_window', 'share_window', 'scale_windows', 'MapLoader', 'map_dls', 'JudgeMaps',
+           'MapMetric', 'SegmentLearner', 'segment_learner', 'MapData', 'Segment', 'open_segmentation', 'look_of',
+           'segmenter_args', 'load_segmenter', 'usual_map', 'enlarged', 'judge_usual', 'evaluate_segmenter',
+           'write_map', 'segment_files']
 
 # %% ../nbs/49_segmentation.ipynb #dfd499fc
 def cut_window(image:Tensor, # (3,H,W) uint8
@@ -68,16 +71,16 @@ def share_window(u, # eight random numbers or more from 0 to 1
     return math.floor(u[2]*(h - height + 1)), math.floor(u[3]*(w - width + 1)), height, width
 
 def scale_windows(u, h:int, w:int, size:int, # of the window when it is scaled, pixels
-                  short:int, long=2048, # pixels of the image's short side, unless its long side would have more
+                  short:int, # pixels of the image's short side; its long side has four times as many at most
                   ratio=(.5, 2.)): # of these, drawn at random
     "Squares of an image at a random scale, one after the other"
-    f = (ratio[0] + u[0]*(ratio[1] - ratio[0]))*min(short/min(h, w), long/max(h, w))
+    f = (ratio[0] + u[0]*(ratio[1] - ratio[0]))*min(short/min(h, w), 4*short/max(h, w))
     side = size/f
     for y, x in zip(u[1::2], u[2::2]): yield math.floor(y*max(h - side + 1, 0)), math.floor(x*max(w - side + 1, 0)), side, side
 
 # %% ../nbs/49_segmentation.ipynb #f1723d8b
-COLOURS = dict(strong=ViewAugment(blur=.5, jitter=.8, brightness=.8, contrast=.8, saturation=.8, hue=.2, grey=.2), # of ImageNet-S
-               photo=ViewAugment(blur=0., jitter=.9, brightness=.25, contrast=.5, saturation=.5, hue=.05, grey=0.), # about mmsegmentation's distortion
+JITTERS = dict(strong=ViewAugment(blur=.5, jitter=.8, brightness=.8, contrast=.8, saturation=.8, hue=.2, grey=.2), # SimCLR's, of ImageNet-S
+               photo=ViewAugment(blur=0., jitter=.9, brightness=.25, contrast=.5, saturation=.5, hue=.05, grey=0.), # about mmsegmentation's photometric distortion
                none=None)
 
 class MapLoader(ImageLoader):
@@ -89,12 +92,14 @@ class MapLoader(ImageLoader):
                  short:int=None, # pixels of an image's short side, of 'scale'; its own if None
                  most=.75, # of what is known of a window, one class alone, of 'scale'
                  flip=0., # share of the windows that are mirrored
-                 colours='none', # 'strong' or 'photo', see `COLOURS`
+                 colours='none', # 'strong' or 'photo', see `JITTERS`
                  mean=(.5, .5, .5), # colour around the images
                  **kwargs):
         if kwargs.get('num_workers'): raise ValueError('a MapLoader decodes in threads; num_workers is 0')
         if window not in ('share', 'scale'): raise ValueError(f"window is 'share' or 'scale', not {window!r}")
-        if colours not in COLOURS: raise ValueError(f'colours is {" or ".join(map(repr, COLOURS))}, not {colours!r}')
+        if colours not in JITTERS: raise ValueError(f'colours is {" or ".join(map(repr, JITTERS))}, not {colours!r}')
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] or (window == 'share' and scale[1] > 1):
+            raise ValueError(f'scale is two rising numbers above 0, of window=\'share\' up to 1, not {tuple(scale)}')
         super().__init__(dataset, *args, **kwargs)
         self.how = dict(size=size, window=window, scale=scale, short=short, most=most, flip=flip, colours=colours, mean=mean)
         for k, v in self.how.items(): setattr(self, k, v)
@@ -114,16 +119,28 @@ class MapLoader(ImageLoader):
             if len(n) and n.max() < self.most*n.sum(): break
         return cut_window(image, classes, *place, self.size, colour)
 
+    def windows(self, idxs, epoch, i):
+        "Batch `i` of an epoch, before its colours change"
+        images, maps = self.dataset.batch(torch.tensor(idxs)[self.rank::self.world])
+        if not self.size: return images, maps
+        rng = torch.Generator().manual_seed(seed_of(self.seed, epoch, i, *([self.rank] if self.rank else [])))
+        images, maps = (torch.stack(t) for t in zip(*[self.cut(x, m, rng) for x, m in zip(images, maps)]))
+        mirror = torch.rand(len(images), generator=rng) < self.flip
+        images[mirror], maps[mirror] = images[mirror].flip(-1), maps[mirror].flip(-1)
+        return images, maps
+
+    def create_batches(self, samps):
+        (epoch, first), ahead = self.place, deque()
+        with ThreadPoolExecutor(1) as pool: # the next one is made while this one is used
+            for i, idxs in enumerate(chunked(samps, self.bs, self.drop_last), first):
+                ahead.append(pool.submit(self.windows, idxs, epoch, i))
+                if len(ahead) > 1: yield ahead.popleft().result()
+            while ahead: yield ahead.popleft().result()
+
     def after_batch(self, b):
         (images, maps), (epoch, i) = b, self.place
         self.place = epoch, i + 1
-        if not self.size: return images, maps
-        rng = torch.Generator().manual_seed(seed_of(self.seed, epoch, i, *([self.rank] if self.rank else [])))
-        images, maps = (torch.stack(t) for t in zip(*[self.cut(x.cpu(), m.cpu(), rng) for x, m in zip(images, maps)]))
-        mirror = torch.rand(len(images), generator=rng) < self.flip
-        images[mirror], maps[mirror] = images[mirror].flip(-1), maps[mirror].flip(-1)
-        images, maps = images.to(self.device), maps.to(self.device)
-        change = COLOURS[self.colours]
+        change = JITTERS[self.colours] if self.size else None
         if change: images = change(images, torch.Generator(images.device).manual_seed(seed_of(self.seed, epoch, i, self.rank, 1)))
         return images, maps
 
@@ -136,6 +153,8 @@ def show_batch(self:MapLoader, max_n=4, size=2.2, **kwargs):
     fig, axs = plt.subplots(1, n, figsize=(n*size, size), squeeze=False)
     for ax, x, m in zip(axs[0], images, maps): show_map(x, m, ds.vocab, ds.palette, ds.background, ax, **kwargs)
     return fig
+
+WINDOWS = dict(imagenets=224, voc=512, ade20k=512) # pixels of a side of a window, unless asked otherwise
 
 def map_dls(s, # `MapSplits`, or a name or folder for `open_maps`
             bs=8, # windows of a batch
@@ -152,7 +171,7 @@ def map_dls(s, # `MapSplits`, or a name or folder for `open_maps`
     s = open_maps(s, **kwargs) if not isinstance(s, MapSplits) else s
     device = torch.device(device or default_device())
     small = s.format in ('imagenets', 'shapes')
-    size = size or dict(imagenets=224, shapes=int(s.train.sizes.min())).get(s.format, 512)
+    size = size or WINDOWS.get(s.format) or int(s.train.sizes.min())
     window, colours = window or ('share' if small else 'scale'), colours or dict(imagenets='strong', shapes='none').get(s.format, 'photo')
     scale, flip = scale or ((.14, 1.) if window == 'share' else (.5, 2.)), .5*s.train.flip if flip is None else flip
     mean, std = pixel_statistics(s.train)
@@ -216,6 +235,18 @@ class SegmentLearner(Learner):
         for ax, name in zip(axs[:, 0], ('image', 'true', 'found')): ax.set_ylabel(name)
         return fig
 
+def _guess(train):
+    "What the most frequent class everywhere would score on the training images"
+    if train.pixels is None: return {}
+    share = train.pixels.sum(0)[1:].double()
+    share, there = share/share.sum().clamp(min=1), int((share > 0).sum())
+    return dict(miou=share.max().item()/max(there, 1), macc=1/max(there, 1), pixel_acc=share.max().item())
+
+@patch
+def chance(self:Segmenter) -> dict:
+    "What the most frequent class everywhere scores, as far as a Learner has told"
+    return getattr(self, 'guess', {})
+
 def segment_learner(dls, # of `map_dls`
                     encoder, # `TokenEncoder` (copied), the Learner that pretrained it, timm model, or a name with `img_size=`, `p=`
                     kind='linear', # 'fpn' or 'uper', see `Segmenter`
@@ -230,7 +261,10 @@ def segment_learner(dls, # of `map_dls`
     recipe, encoder = get_recipe(recipe), encoder_of(encoder)
     if isinstance(encoder, TokenEncoder): encoder = copy.deepcopy(encoder)
     encoder, train = make_encoder(encoder, dls, recipe, img_size=img_size, p=p, **(encoder_args or {})), dls.splits.train
+    if odd := [k for k in ('mixup', 'cutmix', 'smoothing', 'erase') if getattr(recipe, k)] + ['policy']*(recipe.policy != 'none'):
+        raise ValueError(f'recipe {recipe.name} has {", ".join(odd)}, which is for labels of images and would change no map: leave it out')
     model = Segmenter(encoder, len(dls.vocab), kind, vocab=dls.vocab, palette=train.palette, background=train.background, **kwargs)
+    model.grid, model.guess = tuple(math.ceil(s/p) for s, p in zip(dls.img_size, pair(encoder.p))), _guess(train)
     metrics = [MapMetric(k) for k in SCORES if k != 'fmeasure' or train.background is not None]
     learn = SegmentLearner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=metrics, path=path,
                            cbs=[JudgeMaps(), *([FreezeEncoder()] if freeze else []), *([AutoCast()] if amp else []),
@@ -250,9 +284,9 @@ class MapData(Settings):
     crop:int|None = None # pixels of a side of the windows that training sees; 512, ImageNet-S 224, shapes their own
     window:Literal['share', 'scale']|None = None # a share of the image's area, or a scale of its sides; ImageNet-S and shapes: share
     scales:tuple[float, ...] = () # smallest and largest: .14 1 of the area, .5 2 of the sides
-    short:int|None = None # pixels of an image's short side when it is judged, and that scales are of; 512, ImageNet-S 256, shapes as they are
+    short:int|None = None # pixels of an image's short side when it is judged, and that scales are of; as crop, ImageNet-S 256, shapes as they are
     infer:Literal['whole', 'slide']|None = None # judge whole images, or windows that overlap by a third; UperNet: slide
-    colours:Literal['strong', 'photo', 'none']|None = None # of training windows; ImageNet-S strong, VOC and ADE20K photo, shapes none
+    colours:Literal['strong', 'photo', 'none']|None = None # of training windows change as SimCLR's do (ImageNet-S), or about as mmsegmentation's (VOC, ADE20K), or not (shapes)
     flip:bool|None = None # may training windows be mirrored? the data's own answer if None
 
     def __post_init__(self):
@@ -264,21 +298,27 @@ class MapData(Settings):
 @dataclass(frozen=True)
 class Segment(Fit, MapData):
     "Train a segmenter, from the encoder of init or from scratch, the encoder along with it or frozen"
-    recipe:str|None = None # imagenets for a linear head, semfpn, uper; scenes for shapes; `relvit recipes` shows them
+    recipe:str|None = None # semfpn, uper; imagenets for a linear head on ImageNet-S, on other data uper's; scenes for shapes; `relvit recipes` shows them
     kind:Literal['linear', 'fpn', 'uper'] = 'linear' # one linear layer on the tokens, Semantic FPN, UperNet
     freeze:bool = False # train the head alone
     see_positions:bool = True # does the encoder see its positional embedding? One that was pretrained without it, and stays frozen, better not
     img_size:int|None = None # pixels of the squares that a new encoder's positions are made for; those of crop
     p:int|None = None # pixels of a side of a patch of a new encoder; its own
     width:int|None = None # channels of the head's maps; its papers', shapes 64
+    strides:tuple[int, ...] = () # of the maps that the head reads, pixels; 4 8 16 32
+    layers:tuple[int, ...] = () # blocks or stages that they come from, one a stride
 
     def __post_init__(self):
         if self.data is None and self.init is None: object.__setattr__(self, 'data', 'shapes')
-        usual = 'scenes' if self.data == 'shapes' else dict(fpn='semfpn', uper='uper').get(self.kind, 'imagenets')
-        object.__setattr__(self, 'recipe', self.recipe or usual)
         super().__post_init__()
         if self.compile: raise ValueError('compile is for whole passes of an encoder, and a segmenter reads its layers one by one')
-        if self.width and self.kind == 'linear': raise ValueError('width: a linear head has none')
+        if said := [k for k in ('width', 'strides', 'layers') if getattr(self, k) and self.kind == 'linear']: raise ValueError(f'{said[0]}: a linear head has none')
+
+    @property
+    def usual(self):
+        if self.data == 'shapes': return 'scenes'
+        there = self.format == 'imagenets' or any(next(Path(self.data or '').glob(p), None) for p in ('train-semi', '*/train-semi'))
+        return dict(fpn='semfpn', uper='uper').get(self.kind, 'imagenets' if there else 'uper')
 
 MODES['segment'] = Segment
 
@@ -296,7 +336,7 @@ def _(c:Segment, splits=None, encoder=None, recipe=None):
     if encoder is None: c = settle(c)
     if not usable(c.device): raise ValueError(f'there is no device {c.device!r} here, but cpu' + (' and cuda' if torch.cuda.is_available() else ''))
     splits, recipe, report = splits or open_segmentation(c), recipe or config_recipe(c), None
-    dls = map_dls(splits, c.bs, c.crop, c.window, c.scales or None, c.short if c.window == 'scale' else None, c.colours,
+    dls = map_dls(splits, c.bs, c.crop, c.window, c.scales or None, c.short, c.colours,
                   None if c.flip is None else .5*c.flip, c.steps, c.seed, c.device)
     torch.manual_seed(c.seed)
     if encoder is None: encoder, report = start_encoder(c if c.img_size or c.init else c.but(img_size=dls.img_size[0]), dls, recipe)
@@ -313,14 +353,14 @@ def open_segmentation(c:Segment) -> MapSplits:
 
 def look_of(c, format, crop) -> dict: # for `segment` of `Segmenter`
     "How a configuration wants whole images to be looked at"
-    short = c.short or dict(imagenets=256, shapes=None).get(format, 512)
+    short = c.short or dict(imagenets=round(crop*8/7), shapes=None).get(format, crop)
     mode = c.infer or ('slide' if c.kind == 'uper' and format != 'shapes' else 'whole')
-    return dict(mode=mode, short=short, long=2048 if short and format in ('voc', 'ade20k') else None) | (dict(crop=crop, stride=max(round(crop*2/3), 1)) if mode == 'slide' else {})
+    return dict(mode=mode, short=short, long=4*short if short and format in ('voc', 'ade20k') else None) | (dict(crop=crop, stride=max(round(crop*2/3), 1)) if mode == 'slide' else {})
 
 def segmenter_args(c):
     "What a configuration says about the segmenter around its encoder"
     width = c.width or (64 if c.data == 'shapes' and c.kind != 'linear' else None)
-    return dict(pos_embed=c.see_positions) | (dict(channels=width) if width else {})
+    return dict(pos_embed=c.see_positions) | {k: v for k, v in dict(channels=width, strides=c.strides, layers=c.layers).items() if v}
 
 @empty_model.register
 def _(c:Segment, encoder, data):
@@ -340,9 +380,9 @@ def usual_map(train, # `MapSet` to learn from
               most=1000 # images to look at
              ) -> tuple[Tensor, int]: # (side,side) ids, id
     "The most frequent class at each place of an image, and the most frequent of all. Each image counts the same"
-    n, k = torch.zeros(len(train.vocab), side, side), len(train.vocab)
-    for i in range(min(len(train), most)):
-        m = train[i][1]
+    n = torch.zeros(len(train.vocab), side, side)
+    for i in range(0, len(train), -(-len(train)//most)):
+        m = train.target(i)
         rows, cols = (((torch.arange(side) + .5)*s/side).long() for s in m.shape)
         m = m[rows[:, None], cols]
         n.scatter_add_(0, m.clamp(min=0)[None], (m != IGNORE).float()[None])
@@ -359,7 +399,7 @@ def judge_usual(train, test, most=1000) -> dict: # name -> `OverlapScores`
     "What is right without a look at the images"
     places, often = usual_map(train, most=most)
     judges = {'most frequent class': Overlap(test.vocab, test.background), 'most frequent class at each place': Overlap(test.vocab, test.background)}
-    for _, m in test:
+    for m in map(test.target, range(len(test))):
         for judge, found in zip(judges.values(), (torch.full_like(m, often), enlarged(places, m.shape))): judge.add([found], [m])
     return {k: j.result() for k, j in judges.items()}
 
@@ -411,10 +451,12 @@ def segment_files(run, # `Run` or its folder
     "Class maps of new images. Raises FileNotFoundError for a file that is not there, ValueError where two maps would have one name"
     run, paths = run if isinstance(run, Run) else Run(run), image_paths(files)
     model, c, rows = load_segmenter(run, weights), config_of(run), []
-    look = look_of(c, run.data['format'], c.crop or model.encoder.img_size[0])
+    look = look_of(c, run.data['format'], c.crop or WINDOWS.get(run.data['format']) or model.encoder.img_size[0])
     if out is not None and len({p.stem for p in paths}) < len(paths):
         twice = next(p.stem for i, p in enumerate(paths) if p.stem in {q.stem for q in paths[:i]})
         raise ValueError(f'two images are called {twice}: one map would replace the other; segment their folders one by one')
+    if out is not None and (own := [p for p in paths if (Path(out)/f'{p.stem}.png').resolve() == p.resolve()]):
+        raise ValueError(f'the map of {own[0]} would replace it: choose another folder')
     if out is not None: Path(out).mkdir(parents=True, exist_ok=True)
     for f in paths:
         try: x, stored = stored_image(f)

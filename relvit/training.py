@@ -233,7 +233,10 @@ class Fit(Settings):
         if self.name is not None and Path(self.name).name != self.name:
             raise ValueError(f'name must be a plain name, not {self.name!r}; the folder it lies in is out')
         parse_args(self.encoder_args)
-        change_recipe(self.recipe, self.recipe_args)
+        change_recipe(self.recipe or self.usual, self.recipe_args)
+
+    @property
+    def usual(self): return 'default' # recipe, where none is named and the mode has one for what is asked
 
 @dataclass(frozen=True)
 class Config(Fit, ImageData):
@@ -337,7 +340,7 @@ def settle_fit(c:Fit) -> Fit:
         head, tail = ('hf:', v[3:]) if v.startswith('hf:') else ('', v)
         if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
         return head + os.path.abspath(Path(tail).expanduser())
-    c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k, None))})
+    c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k, None))}, recipe=c.recipe or c.usual)
     r = config_recipe(c)
     c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
     held = encoder_config(start_file(c.init)) if c.init else {}
@@ -367,7 +370,7 @@ def open_config_data(c:Config):
 
 def config_recipe(c:Config):
     "The recipe of a configuration; the last learning rate keeps its ratio to the highest"
-    r = change_recipe(c.recipe, c.recipe_args)
+    r = change_recipe(c.recipe or c.usual, c.recipe_args)
     new = {k: v for k in ('lr', 'wd', 'drop_path', 'epochs', 'bs', 'smoothing', 'augment', 'splits') if (v := getattr(c, k, None)) is not None}
     if c.lr: new['final_lr'] = r.final_lr*c.lr/r.lr
     if c.wd is not None and r.final_wd is not None: new['final_wd'] = r.final_wd*c.wd/r.wd if r.wd else c.wd
@@ -389,7 +392,8 @@ def _start(c, splits, dls, recipe):
         return encoder
     args = more | parse_args(c.encoder_args)
     p = {} if c.p is None and 'patch' not in c.encoder and not c.encoder.startswith('vit') else dict(p=splits.p)
-    std = None if c.pos_std == .02 and not c.encoder.startswith(('vit', 'deit')) else c.pos_std # others have no embedding to start anew
+    plain = c.encoder.startswith(('vit', 'deit')) and args.get('pos_embed') != 'sincos' # others have no embedding to start anew, and waves keep their size
+    std = None if c.pos_std == .02 and not plain else c.pos_std
     encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=std, mean=dls.mean, std=dls.std,
                            **({'in_chans': dls.channels} if dls.channels != 3 else {}), **p, **args)
     if c.init: load(path, encoder)
@@ -515,8 +519,8 @@ class Console(Callback):
     def row(self, m):
         said = [f'{k.replace("_", " ")} {v:.3f} (chance {m["chance"][k]:.3f})'
                 for k, v in m['valid'].items() if v is not None and k in m['chance']]
-        return f"epoch {m['epoch'] + 1:3d} of {self.learn.n_epoch}, {m['seconds']:.0f} s: loss {m['train']['loss']:.3f}, " \
-               f"held out {m['valid'].get('loss') or float('nan'):.3f}; {', '.join(said)}"
+        return f"epoch {m['epoch'] + 1:3d} of {self.learn.n_epoch}, {m['seconds']:.0f} s: loss {m['train']['loss']:.3f}" \
+               + (f", held out {m['valid']['loss']:.3f}" if m['valid'].get('loss') is not None else '') + f"; {', '.join(said)}"
 
 # %% ../nbs/39_training.ipynb #ed76883b
 def _folder(c):

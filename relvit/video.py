@@ -106,8 +106,9 @@ class Video:
         "How files of a frame are called"
         return Path(self.frames[i]).stem if isinstance(self.frames[i], (str, Path)) else f'{i:05d}'
     def __repr__(self):
-        n, of = len(self.objects), 'all' if len(self.masks) == len(self) else len(self.masks)
-        return f'Video({self.name}: {len(self)} frames of {self.size[0]} x {self.size[1]}, {n} object{"s"*(n != 1)}, masks of {of})'
+        n, of = len(self.objects) if 0 in self.masks else 0, 'all' if len(self.masks) == len(self) else len(self.masks)
+        size = f' of {self.size[0]} x {self.size[1]}' if len(self) else ''
+        return f'Video({self.name}: {len(self)} frames{size}, {n} object{"s"*(n != 1)}, masks of {of})'
 
 # %% ../nbs/45_video.ipynb #4fb9767a
 def _size(x):
@@ -147,11 +148,11 @@ _pictures = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
 def _in_order(folder):
     "The images of a folder by the numbers in their names"
     if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder} is no folder')
-    parts = lambda f: [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', f.stem)]
+    parts = lambda f: [int(s) if s.isdecimal() else s for s in re.split(r'(\d+)', f.stem)]
     files = sorted((f for f in Path(folder).iterdir() if f.suffix.lower() in _pictures and f.name[0] != '.'), key=parts)
     if not files: raise ValueError(f'{folder} holds no image')
-    numbers = [int(f.stem) for f in files] if all(f.stem.isdigit() for f in files) else []
-    steps = np.diff(numbers)
+    steps = np.diff([int(f.stem) for f in files]) if all(f.stem.isdecimal() for f in files) else np.zeros(0)
+    for i in np.flatnonzero(steps == 0)[:1]: raise ValueError(f'{folder} holds {files[i].name} and {files[i + 1].name}: which is the frame?')
     for i in np.flatnonzero(steps != min(steps, default=0))[:1]:
         raise ValueError(f'{folder}: frames are missing between {files[i].name} and {files[i + 1].name}')
     return files
@@ -174,7 +175,7 @@ def read_davis(root, # the folder DAVIS, or the one around it
                size='480p' # folder of `JPEGImages` and `Annotations`
               ) -> list[Video]:
     "The videos of a part of DAVIS. Raises FileNotFoundError for what is not there"
-    root = next((r for r in (Path(root), Path(root)/'DAVIS') if (r/'JPEGImages').is_dir()), None) or _lost(f'{root} is not DAVIS: it has no JPEGImages')
+    root = next((r for r in (Path(root), Path(root)/'DAVIS') if (r/'JPEGImages').is_dir()), None) or _lost(f'{root} is not DAVIS: it has no JPEGImages; for a folder of frames name the first mask')
     lists = {f.parent.name: f for f in sorted((root/'ImageSets').glob(f'*/{part}.txt'), reverse=True)}
     there = sorted({f.stem for f in (root/'ImageSets').glob('*/*.txt')})
     if lists: # of 2017, else of 2016, else those of the first DAVIS, whose lines are paths
@@ -313,7 +314,7 @@ def track(encoder, # `TokenEncoder`, `Pixels`, or a Learner or RelViT that has a
     if context < 0 or topk < 1 or temperature <= 0 or (radius is not None and radius < 0): raise ValueError(
         f'context and radius are 0 at least, topk 1, and temperature is above 0, not {context}, {radius}, {topk} and {temperature}')
     encoder = encoder_of(encoder)
-    if not hasattr(encoder, 'features'): raise TypeError(f'a TokenEncoder is needed, not {type(encoder).__name__}')
+    if not (hasattr(encoder, 'features') and hasattr(encoder, 'p')): raise TypeError(f'a TokenEncoder is needed, not {type(encoder).__name__}')
     seen = frame_size(video.check().size, encoder.p, short, step)
     return _track(video, _frames(encoder, video, seen, layer, normed, pos_embed), video.objects, seen, context, topk, radius, temperature)
 
@@ -450,7 +451,7 @@ def show(self:TrackingScores, size=3.): # inches of a panel's height
     if len(self.objects) <= 12: fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     return fig
 
-# %% ../nbs/45_video.ipynb #75ceac47
+# %% ../nbs/45_video.ipynb #ff3f2c4d
 def _of(encoder):
     "What tells one encoder from another"
     if encoder is None: return 'the first mask, not moved'
@@ -484,8 +485,10 @@ class MaskFolder:
             write_mask(self.file(video, i), m)
             yield m
 
-# %% ../nbs/45_video.ipynb #ff3f2c4d
+# %% ../nbs/45_video.ipynb #07ef52b4
 _defaults = {k: p.default for k, p in signature(track).parameters.items() if p.default is not p.empty}
+
+def _judged(video): return any(0 < i < len(video) - 1 for i in video.masks)
 
 def _videos(source, part):
     "A set of videos, each of them looked at"
@@ -506,6 +509,7 @@ def track_objects(encoder, # see `track`; 'pixels', or 'still' (the first mask):
     if odd := sorted(set(kwargs) - set(_defaults)): raise TypeError(f'track has no {odd[0]}; it has {", ".join(_defaults)}')
     if out is None and not measure: raise ValueError('with no folder for masks and without measures nothing would come of it')
     videos, encoder = _videos(source, part), {'pixels': Pixels(), 'still': None}[encoder] if isinstance(encoder, str) else encoder_of(encoder)
+    if out is None and not any(map(_judged, videos)): raise ValueError('no video has true masks to judge by: say out=')
     settings = dict(encoder=_of(encoder), **({} if encoder is None else _defaults | kwargs))
     masks_of = (lambda v: still(v)) if encoder is None else lambda v: track(encoder, v, **kwargs)
     store, scores = out and MaskFolder(out, videos, settings), TrackingScores({})
@@ -515,7 +519,7 @@ def track_objects(encoder, # see `track`; 'pixels', or 'still' (the first mask):
     if store: store.write(scores=scores.asdict() if measure else None)
     return scores
 
-# %% ../nbs/45_video.ipynb #07ef52b4
+# %% ../nbs/45_video.ipynb #c8be53cd
 def _one(video, masks_of, store, scores, measure, bar, tell):
     "Track a video, or read what was found, and judge it"
     def counted(masks):
@@ -526,7 +530,7 @@ def _one(video, masks_of, store, scores, measure, bar, tell):
     bar.set_description(video.name)
     masks = counted(store.read(video) if done else store.keep(video, masks_of(video)) if store else masks_of(video))
     said = dict(video=video.name, frames=len(video))
-    if measure and any(0 < i < len(video) - 1 for i in video.masks):
+    if measure and _judged(video):
         scores.videos[video.name], later = judge(video, masks)
         if later: scores.later[video.name] = later
         said |= {k: v for k, v in TrackingScores({video.name: scores.videos[video.name]}).means.items() if k in ('jf', 'j', 'f')}

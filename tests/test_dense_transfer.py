@@ -1,5 +1,5 @@
 "SERE's and SelfPatch's tables as commands: every row has its configurations, and whole rows run on generated scenes."
-import json
+import json, subprocess, sys
 from dataclasses import replace
 
 import numpy as np, pytest, tyro
@@ -7,7 +7,7 @@ from PIL import Image
 
 from relvit.datasets import DATASETS
 from relvit.dense_transfer import (JUDGES, SETTINGS, TABLES, DenseTransfer, configs, dense_transfer, dense_transfer_table, file_name,
-                                   printed_dense, printed_for)
+                                   printed_dense, printed_for, top5)
 from relvit.detection import Detect
 from relvit.runs import Run
 from relvit.segmentation import Segment
@@ -76,6 +76,40 @@ def test_the_settings_are_the_papers():
     assert (by['coco'].lr, by['coco-mask'].lr, by['labels'].lr) == (1e-4, 5e-5, 1e-3) and (judges['coco'].kind, judges['coco-mask'].kind) == ('cascade', 'mask')
 
 
+def test_steps_are_those_of_the_optimiser():
+    "an accumulated batch makes as many steps as a whole one, unless the user counts them; the warm-up has 1,500 whatever is held out"
+    for table, judge, n in (('sere-table1', 'voc', 20_000), ('sere-table1', 'ade20k', 160_000), ('selfpatch-table', 'ade20k-fpn', 40_000)):
+        for more in (dict(), dict(bs=4, accumulate=4), dict(judge_args=('valid=.2',)), dict(accumulate=4, judge_args=('data_args={augmented: true}',))):
+            c = configs(DenseTransfer('images', table=table, judge=judge, judge_data='there', **more))[-1]
+            assert c.epochs*c.steps == n*c.accumulate and c.accumulate == more.get('accumulate', 1) and round(config_recipe(c).warmup*n) == 1500
+        assert configs(DenseTransfer('images', table=table, judge=judge, judge_data='there', steps=7, accumulate=4))[-1].steps == 7
+
+
+def test_semantic_fpn_reads_what_selfpatch_read():
+    def read(row, **more):
+        c = configs(DenseTransfer('images', row, 'selfpatch-table', 'ade20k-fpn', 'there', **more))[-1]
+        return c.strides, c.layers
+    blocks, chosen = ((16,)*4, (2, 5, 8, 11)), ((), ())
+    assert [read(r) for r in ('dino', 'dino+selfpatch', 'moby', 'moby-swin')] == [blocks, blocks, blocks, chosen]
+    for more in (dict(p=8), dict(encoder_args=('depth=6',)), dict(encoder='vit_large_patch16_224'), dict(encoder='vit_small_patch16_18x2_224')): assert read('dino', **more) == chosen
+    assert read('dino', encoder='deit_tiny_patch16_224') == blocks
+    c = configs(DenseTransfer('shapes', 'dino', 'selfpatch-table', 'ade20k-fpn'))[-1]
+    assert (c.strides, c.layers) == chosen
+
+
+def test_printed_only_for_the_papers_data():
+    def printed(classes=None, row='p', table='sere-table6', judge='imagenets', **more): return printed_for(DenseTransfer('images', row, table, judge, 'there', **more), classes)
+    assert printed(301) == printed() == [23.7, 69.1] and printed(51) is printed(920) is printed(301, valid=.2) is None
+    assert printed(920, 'dino', 'sere-table2') == [35.1, 70.7] and printed(301, 'dino', 'sere-table2') is None
+    assert printed(301, 'sere', 'sere-table3') and printed(301, 'sere', 'sere-table3', accumulate=4, bs=64, pretrain_bs=64) is None # a batch holds its negatives
+    assert printed(21, judge='voc', judge_args=('data_args={augmented: true}',)) == printed(21, judge='voc') == [71.5, 83.0]
+    assert printed(21, judge='voc', bs=4, pretrain_bs=64, accumulate=4) == [71.5, 83.0] and printed(21, judge='voc', bs=4, accumulate=4) is None
+    for other in ('valid=.2', 'accumulate=2', 'data_args={augmented: true, train: trainval}'): assert printed(21, judge='voc', judge_args=(other,)) is None
+    assert printed(judge='imagenets', judge_args=('data_args={augmented: true}',)) is None
+    for row, judge, n in (('dino', 'ade20k', 150), ('dino', 'coco', 80)):
+        assert printed(n, row, 'sere-table1', judge) and printed(n + 1, row, 'sere-table1', judge) is None
+
+
 def test_what_was_printed():
     table = printed_dense()
     assert len(table) == len(rows)
@@ -108,7 +142,7 @@ def test_rows_on_scenes(tmp_path):
     assert [len(r['steps']) for r in made.values()] == [1, 2] and made['p']['task_args'] == ('pixel.heads=6',)
     again = dense_transfer(DenseTransfer(row='p', **tiny(tmp_path)), tell='nothing')
     assert again['scores'] == made['p']['scores'] # nothing is trained twice
-    other = json.dumps(made['p'] | dict(seed=1, scores={k: v/2 for k, v in made['p']['scores'].items()}))
+    other = json.dumps(made['p'] | dict(seed=1, scores={k: v/2 for k, v in made['p']['scores'].items()}, beside={k: 0. for k in made['p']['beside']}))
     (tmp_path/'results'/f"{DenseTransfer(row='p', seed=1, **tiny(tmp_path)).name}.json").write_text(other) # as another seed would leave it
     frozen = DenseTransfer(row='p', freeze=True, **tiny(tmp_path))
     dense_transfer(frozen, tell='nothing')
@@ -118,6 +152,8 @@ def test_rows_on_scenes(tmp_path):
     assert three['tasks'] == ('moco3', 'pixel', 'channel') and 'num_heads=12' in three['encoder']
     lines = dense_transfer_table(tmp_path/'results')
     assert len(lines) == 4 and sorted(lines.seeds) == [1, 1, 1, 2] and set(lines.printed) == {''} and '±' in lines.ours[lines.seeds == 2].item()
+    k, v = next(iter(made['p']['beside'].items())) # beside is averaged as well
+    assert f'{k} {50*v:.2f} ± ' in lines.beside[lines.seeds == 2].item()
     assert list(lines.row)[0].startswith('sere-table3') and list(lines.row)[1] == 'sere-table6 random on shapes'
     with pytest.raises(FileNotFoundError, match='relvit reproduce sere-table6'): dense_transfer_table(tmp_path/'none')
     assert all(json.loads(f.read_text())['table'].startswith('sere') for f in (tmp_path/'results').iterdir())
@@ -135,6 +171,7 @@ def test_every_kind_of_judge(table, row, judge, more, tmp_path):
     r = dense_transfer(t, tell='nothing')
     assert len(r['steps']) == 1 + bool(JUDGES[judge].of) and all(k in r['scores'] for k in list(JUDGES[judge].measures.values())[:2]) and r['beside']
     line, = dense_transfer_table(tmp_path/'results').to_dict('records')
+    assert all(f'{k} {v*JUDGES[judge].scale:.2f}' in line['beside'] for k, v in r['beside'].items())
     assert line['measures'].startswith(next(iter(JUDGES[judge].measures))) and line['printed'] == ''
     assert r['scores'] == dense_transfer(t, tell='nothing')['scores']
 
@@ -164,6 +201,45 @@ def test_photos_in_folders(tmp_path):
             (tmp_path/'empty').mkdir(exist_ok=True)
             dense_transfer(DenseTransfer(row='c', **own | dict(judge=judge, judge_data=str(tmp_path/'empty'))), tell='nothing')
     assert not any('channel' in p.name for p in (tmp_path/'runs').iterdir()) # not even begun
+    (home/'train').rename(tmp_path/'photos')
+    for data in (home, tmp_path): # the folder itself, and the one that holds it
+        with pytest.raises(ValueError, match='masks but no folder train'): DenseTransfer(row='c', **own | dict(data=str(data)))
+    DenseTransfer(row='random', **own)
+    DenseTransfer(row='c', **own | dict(data=str(tmp_path/'photos'), judge_data=str(home)))
+
+
+def test_two_processes_judge_once(tmp_path):
+    "both train, the first one judges and writes, both hear of it; and again when nothing is left to train"
+    script = tmp_path/'both.py'
+    script.write_text('''
+import json, os, sys
+import relvit.dense_transfer as d
+from pathlib import Path
+here, judge, rank = Path(sys.argv[1]), d._trained, os.environ['RANK']
+def judged(*args):
+    with open(here/'judged.txt', 'a') as f: f.write(rank)
+    return judge(*args)
+d._trained = judged
+t = d.DenseTransfer('shapes', 'random', encoder_args=('embed_dim=48', 'depth=1', 'num_heads=3'), img_size=32, p=8, epochs=1, steps=2, bs=4,
+                    judge_args=('data_args={n: [8,4,4], size: 32}',), device='cpu', runs=here/'runs', results=here/'results')
+for i in range(2): (here/f'{rank}{i}.json').write_text(json.dumps(d.dense_transfer(t, tell='nothing')['scores']))
+''')
+    two = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script), str(tmp_path)]
+    done = subprocess.run(two, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    heard = [json.loads((tmp_path/f'{rank}{i}.json').read_text()) for rank in '01' for i in range(2)]
+    assert heard[0] and all(h == heard[0] for h in heard) and (tmp_path/'judged.txt').read_text() == '00'
+    assert len(list((tmp_path/'results').iterdir())) == 1
+
+
+def test_a_judge_of_another_device(tmp_path):
+    "top-5 of a run whose device is not here"
+    own = tiny(tmp_path, table='sere-table2', row='dino', judge='labels', judge_args=(), task_args=('dino.out=32', 'dino.hidden=16', 'dino.bottleneck=8'))
+    r = dense_transfer(DenseTransfer(**own), tell='nothing')
+    path = tmp_path/'runs'/DenseTransfer(**own).judged
+    c = json.loads((path/'config.json').read_text())
+    (path/'config.json').write_text(json.dumps(c | dict(device='cuda:7')))
+    assert top5(Run(path)) == r['scores']['top5']
 
 
 def test_what_cannot_be():

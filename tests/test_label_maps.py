@@ -224,6 +224,8 @@ def test_unreadable_files(tmp_path):
     assert len(ds) == 4 and len(ds.skipped) == 2 and ds[3][1].equal(some[5][1]) and ds.pixels.equal(
         torch.cat([some.pixels, torch.zeros(6, 15).int()], 1)[[0, 2, 3, 5]])
     assert 'files left out: 2' in repr(ds)
+    for f in (home/'JPEGImages').iterdir(): f.write_bytes(b'no image')
+    with pytest.raises(ValueError, match='none of the 6 files of .* train can be read'): read_voc_maps(home, most_unreadable=6)
 
 
 def test_ade20k(tmp_path):
@@ -257,6 +259,10 @@ def test_imagenets(tmp_path):
     with pytest.raises(ValueError, match='not among its 1 classes, such as'): read_imagenets(home, classes=['n9'])
     with pytest.raises(ValueError, match="no masks of a part 'train'; there are those of train-semi"): read_imagenets(home, 'train')
     with pytest.raises(FileNotFoundError, match='holds no folder such as'): read_imagenets(home/'train-semi')
+    write_s(tmp_path/'ImageNetS50')
+    for read in read_imagenets, open_maps:
+        with pytest.raises(ValueError, match='holds ImageNetS5, ImageNetS50; give one of these folders'): read(tmp_path)
+    assert len(read_imagenets(home)) == len(read_imagenets(tmp_path/'ImageNetS50')) == 6
 
 
 # parts
@@ -269,13 +275,13 @@ def test_parts_do_not_meet(tmp_path):
     assert s.background == 0 and s.palette.equal(voc_colours(21)) and s.fit is None
     assert s.report()['opened']['valid'] == .4 and s.report()['parts']['reported on']['images'] == 2
     (home/'ImageSets/Segmentation/trainval.txt').write_text('train_0\nval_1\n')
-    with pytest.raises(ValueError, match='1 images of .* in trainval to train on and in val to report on'): open_maps(home, train='trainval')
+    with pytest.raises(ValueError, match='1 images of .* in trainval .* and in val to report on'): open_maps(home, train='trainval')
     assert open_maps(home, train='trainval', test='none').test is None
 
 
 def test_what_is_missing_is_said(tmp_path):
     write_ade(tmp_path/'ade', 'validation'), write_s(tmp_path/'s', 'validation')
-    with pytest.raises(ValueError, match="no part 'training' to train on; there are validation; train='validation'"): open_maps(tmp_path/'ade')
+    with pytest.raises(ValueError, match="no part 'training' to train on; there are validation; train="): open_maps(tmp_path/'ade')
     with pytest.raises(ValueError, match="no part 'train-semi' to train on"): open_maps(tmp_path/'s')
     s = open_maps(tmp_path/'ade', train='validation', valid=.3)
     assert [len(ds) for ds in s.parts.values()] == [3, 1, 2] and len({f for ds in s.parts.values() for f in ds.files}) == 6

@@ -53,11 +53,12 @@ def test_parameters_of_the_papers_configurations():
     e = TokenEncoder('vit_small_patch16_224')
     conv = lambda a, b, side: side**2*a*b + 2*b
     down = 3*(4*384*384 + 384) + 2*384 # two doublings and one; a norm between the two
-    uper = Segmenter(e, 150, 'uper') # iBOT's on ADE20K
+    uper = Segmenter(e, 150, 'uper', channels=384) # iBOT's on ADE20K
     assert weights(uper.neck) == down == 1_771_392
-    assert weights(uper.head) == (4*conv(384, 512, 1) + conv(384 + 2048, 512, 3) + 3*conv(384, 512, 1) + 3*conv(512, 512, 3)
-                                  + conv(2048, 512, 3) + 512*150 + 150) == 29_187_222
+    assert weights(uper.head) == 7*conv(384, 384, 1) + conv(1920, 384, 3) + 3*conv(384, 384, 3) + conv(1536, 384, 3) + 384*150 + 150 == 17_024_406
     assert weights(uper.aux) == conv(384, 256, 3) + 256*150 + 150 == 923_798
+    assert weights(UPerHead([384]*4, 150)) == (7*conv(384, 512, 1) + conv(384 + 2048, 512, 3) + 3*conv(512, 512, 3)
+                                               + conv(2048, 512, 3) + 512*150 + 150) == 29_187_222 # mmsegmentation's width
     fpn = Segmenter(e, 150, 'fpn') # SelfPatch's on ADE20K, on four strides
     assert weights(fpn.neck) == down + 4*(384*256 + 256) + 4*(9*256*256 + 256) == 4_525_952
     assert weights(fpn.head) == 4*conv(256, 128, 3) + 3*conv(128, 128, 3) + 128*150 + 150 == 1_643_158
@@ -243,6 +244,7 @@ def test_the_weight_of_the_auxiliary_head():
     total = model.loss(model.train()(x), maps)
     close(total, model.scores['segment_loss'] + 2*model.scores['aux_loss'])
     assert model.scores['aux_loss'].requires_grad is False
+    assert model.aux.classify[1].in_channels == 16 and segmenter('uper', channels=260).aux.classify[1].in_channels == 256
     without = segmenter('uper', aux=0)
     assert without.aux is None and set(without.train()(x)) == {'logits'} and not [k for k in without.state_dict() if k.startswith('aux')]
 
@@ -270,6 +272,33 @@ def test_logits_of_a_canvas_at_any_size():
         x = ((torch.arange(out[1]) + .5)*size[1]/out[1]).clamp(pw/2, canvas[1] - pw/2)
         close(found[0, 0], 2*y[:, None] + 3*x, 1e-4)
     assert canvas_of((1, 65), (32, 16)) == (32, 80)
+
+
+def test_an_answer_has_the_size_that_is_asked_for():
+    "Whatever l*(o/s*c/l) comes to in floating point; and where that is the size, values are those of `F.interpolate`"
+    g, rounded = torch.Generator().manual_seed(0), 0
+    for _ in range(1500):
+        p = (8, 14, 16, 32)[int(torch.randint(4, (1,), generator=g))]
+        size, out = (tuple(torch.randint(1, n, (2,), generator=g).tolist()) for n in (130, 160))
+        canvas = canvas_of(size, (p, p))
+        x = torch.randn(1, 1, canvas[0]//p, canvas[1]//p, generator=g)
+        found = spread(x, canvas, size, out)
+        assert found.shape == (1, 1, *out) and found.isfinite().all()
+        if canvas == size: continue
+        times = [o/s*c/n for o, s, c, n in zip(out, size, canvas, x.shape[2:])]
+        there = F.interpolate(x, scale_factor=times, mode='bilinear')[..., :out[0], :out[1]]
+        rounded += there.shape != found.shape
+        close(found[..., :there.shape[2], :there.shape[3]], there, 1e-6)
+    assert rounded # so it matters
+    big = [(224, 243, 460, 500), (1024, 1000, 4099, 3001)]
+    for h, w, *out in big: assert spread(torch.zeros(1, 1, -(-h//16), -(-w//16)), canvas_of((h, w), (16, 16)), (h, w), out).shape[2:] == tuple(out)
+
+
+@pytest.mark.parametrize('size', [(460, 500), (375, 500), (333, 500), (91, 64)])
+def test_real_sizes_resized(size):
+    e = TokenEncoder('vit_tiny_patch16_224', img_size=224, p=16, embed_dim=12, depth=1, num_heads=1)
+    model = Segmenter(e, 3)
+    assert model.segment(torch.zeros(1, 3, *size), short=224)[0].shape == size
 
 
 @pytest.mark.parametrize('seed', range(3))
