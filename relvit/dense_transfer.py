@@ -4,7 +4,7 @@
 
 # %% ../nbs/67_dense_transfer.ipynb #81620c0e
 from __future__ import annotations
-import hashlib, re, torch, pandas as pd
+import hashlib, os, re, torch, pandas as pd
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fastai.torch_core import default_device
@@ -445,7 +445,9 @@ def _by_first(do, device=None):
     if not (several := together()): return do()
     join(device) # nothing may have been left to train together
     group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=7)) # after ten minutes NCCL would take the first for lost
-    said = [None if several['rank'] else do()]
+    world = os.environ.pop('WORLD_SIZE') # or fastai would gather from all, and wait for those who wait for it
+    try: said = [None if several['rank'] else do()]
+    finally: os.environ['WORLD_SIZE'] = world
     torch.distributed.broadcast_object_list(said, group=group)
     return said[0]
 

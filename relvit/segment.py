@@ -221,7 +221,8 @@ def spread(logits:Tensor, # (b,k,h,w) of a canvas
     out = tuple(out or size)
     if tuple(canvas) == tuple(size): return enlarge(logits, out)
     times = [o/s*c/l for o, s, c, l in zip(out, size, canvas, logits.shape[2:])]
-    return torch.ops.aten.upsample_bilinear2d(logits, out, False, *times) # F.interpolate takes a size or a scale, and rounds the latter's down
+    asked = [o + (o == l) for o, l in zip(out, logits.shape[2:])] # of equal sizes it would make a copy, whatever the scale
+    return torch.ops.aten.upsample_bilinear2d(logits, asked, False, *times)[..., :out[0], :out[1]]
 
 # %% ../nbs/44_segment.ipynb #ba62ca7c
 @patch

@@ -55,7 +55,8 @@ def test_parameters_of_the_papers_configurations():
     down = 3*(4*384*384 + 384) + 2*384 # two doublings and one; a norm between the two
     uper = Segmenter(e, 150, 'uper', channels=384) # iBOT's on ADE20K
     assert weights(uper.neck) == down == 1_771_392
-    assert weights(uper.head) == 7*conv(384, 384, 1) + conv(1920, 384, 3) + 3*conv(384, 384, 3) + conv(1536, 384, 3) + 384*150 + 150 == 17_024_406
+    assert weights(uper.head) == (7*conv(384, 384, 1) + conv(1920, 384, 3) + 3*conv(384, 384, 3) + conv(1536, 384, 3)
+                                  + 384*150 + 150) == 17_024_406
     assert weights(uper.aux) == conv(384, 256, 3) + 256*150 + 150 == 923_798
     assert weights(UPerHead([384]*4, 150)) == (7*conv(384, 512, 1) + conv(384 + 2048, 512, 3) + 3*conv(512, 512, 3)
                                                + conv(2048, 512, 3) + 512*150 + 150) == 29_187_222 # mmsegmentation's width
@@ -275,23 +276,25 @@ def test_logits_of_a_canvas_at_any_size():
 
 
 def test_an_answer_has_the_size_that_is_asked_for():
-    "Whatever l*(o/s*c/l) comes to in floating point; and where that is the size, values are those of `F.interpolate`"
-    g, rounded = torch.Generator().manual_seed(0), 0
+    "Whatever l*(o/s*c/l) comes to in floating point; and its values are those of the formula"
+    def along(l, o, s, c): # (o,l) weights of one side
+        at = ((torch.arange(o, dtype=torch.float64) + .5)*s*l/(o*c) - .5).clamp(0, l - 1)
+        return (1 - (at[:, None] - torch.arange(l)).abs()).clamp(min=0)
+    g, rounded, equal = torch.Generator().manual_seed(0), 0, 0
     for _ in range(1500):
         p = (8, 14, 16, 32)[int(torch.randint(4, (1,), generator=g))]
         size, out = (tuple(torch.randint(1, n, (2,), generator=g).tolist()) for n in (130, 160))
         canvas = canvas_of(size, (p, p))
         x = torch.randn(1, 1, canvas[0]//p, canvas[1]//p, generator=g)
-        found = spread(x, canvas, size, out)
-        assert found.shape == (1, 1, *out) and found.isfinite().all()
-        if canvas == size: continue
-        times = [o/s*c/n for o, s, c, n in zip(out, size, canvas, x.shape[2:])]
-        there = F.interpolate(x, scale_factor=times, mode='bilinear')[..., :out[0], :out[1]]
-        rounded += there.shape != found.shape
-        close(found[..., :there.shape[2], :there.shape[3]], there, 1e-6)
-    assert rounded # so it matters
-    big = [(224, 243, 460, 500), (1024, 1000, 4099, 3001)]
-    for h, w, *out in big: assert spread(torch.zeros(1, 1, -(-h//16), -(-w//16)), canvas_of((h, w), (16, 16)), (h, w), out).shape[2:] == tuple(out)
+        sides = [*zip(x.shape[2:], out, size, canvas)]
+        found, (a, b) = spread(x, canvas, size, out), (along(*side) for side in sides)
+        assert found.shape == (1, 1, *out)
+        close(found[0, 0].double(), a @ x[0, 0].double() @ b.T, 1e-4)
+        rounded += any(int(l*(o/s*c/l)) < o for l, o, s, c in sides)
+        equal += any(l == o and s != c for l, o, s, c in sides)
+    assert rounded and equal # both happen
+    for h, w, *out in (224, 243, 460, 500), (1024, 1000, 4099, 3001):
+        assert spread(torch.zeros(1, 1, -(-h//16), -(-w//16)), canvas_of((h, w), (16, 16)), (h, w), out).shape[2:] == tuple(out)
 
 
 @pytest.mark.parametrize('size', [(460, 500), (375, 500), (333, 500), (91, 64)])

@@ -72,6 +72,7 @@ def run(voc, tmp_path_factory):
 
 
 def test_judged_and_put_to_use(run, voc, tmp_path):
+    assert 0 < run.metrics[-1]['chance']['miou'] < .4 and 'miou' in repr(run)
     e = evaluate_segmenter(run)
     assert e.images == 6 and 0 <= e.scores['miou'] <= 1 and set(e.beside) == {'most frequent class, mIoU', 'most frequent class at each place, mIoU'}
     assert json.loads((run.path/'evaluation-test-last.json').read_text())['scores'] == e.scores
@@ -129,6 +130,19 @@ def test_layers_learn_slower_towards_the_pixels(voc):
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1, cbs=See())
     last = rates[-1]
     assert np.allclose(np.divide(last[1:], last[:-1]), 2) and len(last) == 4 # embedding, two blocks, head
+
+
+@pytest.mark.parametrize('line,recipe', [(('--kind', 'uper', '--width', 16), 'uper'), (('--kind', 'fpn', '--width', 16), 'semfpn'), ((), 'uper'), (('--format', 'shapes', '--data', 'shapes'), 'scenes')])
+def test_a_recipe_is_chosen_where_the_data_is_known(line, recipe, voc, tmp_path):
+    "Also by the command line, whose defaults are made before its options are read"
+    small = [v for k in ('encoder', 'encoder_args', 'img_size', 'p', 'crop', 'device') for v in (f'--{k.replace("_", "-")}', *np.atleast_1d(light[k]).tolist())]
+    code, out, err = relvit('segment', '--data', voc, *small, '--bs', 2, '--dry-run', *line, cwd=tmp_path)
+    assert code == 0 and json.loads(out)['config']['recipe'] == recipe, err
+    assert Segment(data=str(voc)).but(kind='fpn').usual == 'semfpn' and Segment(data='x', format='imagenets').usual == 'imagenets'
+
+
+def test_recipes_of_labels_are_refused(voc):
+    with pytest.raises(ValueError, match='mixup, cutmix, smoothing, erase, policy'): make_learner(Segment(**light | dict(recipe='modern'), data=str(voc)))
 
 
 def test_what_a_window_shows():
