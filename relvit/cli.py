@@ -254,9 +254,10 @@ def _dense(table, argv):
     rows = '\n'.join(f'  {n:<12}{r.says}' for n, r in TABLES[table].rows.items())
     said = f'{TABLES[table].says}\n\njudges: {", ".join(TABLES[table].judges)}, shapes\n\nrows of {table}\n{rows}'
     t = tyro.cli(DenseTransfer, prog=f'relvit reproduce {table}', args=['--table', table, *argv], description=said)
-    if not (record := dense_transfer(t, tell='console')):
-        print('stopped, and saved. The same command goes on with it', file=sys.stderr)
-        return 130
+    from relvit.distributed import together
+    record = dense_transfer(t, tell='console')
+    if together().get('rank'): return 0 # of several processes one speaks
+    if not record: print('stopped, and saved. The same command goes on with it', file=sys.stderr); return 130
     scores = ', '.join(f'{k} {v:.4g}' for k, v in record['scores'].items() if v is not None)
     _show(f"{table}, {record['row']}, judged by {record['judge']}: {scores}", record)
 
