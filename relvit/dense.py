@@ -174,19 +174,20 @@ def dense_table(results:dict, # of a record
 def patches_figure(results:dict, # of a record
                    cfg, seed:int, # the first of the record
                    names=('pixels', 'random', 'I', 'selfpatch', 'Ipc', 'relvit', 'relvit_sere', 'everything'),
-                   scenes=4, size=1.25):
+                   scenes=(0, 1, 2, 3), # of the four that are kept
+                   size=1.25): # inches of a picture
     "What a linear head takes each patch for, by the frozen tokens of each method, on the same scenes. Wrong patches are crossed"
-    few, n = shapes_maps(scenes, cfg.size, 1000 + 100*seed + 2), cfg.size//cfg.p
-    true = torch.tensor(results['true_patches'][0])[:scenes]
-    cols = {'truth': true} | {k: torch.tensor(results[f'{k}_patches'][0])[:scenes] for k in names if f'{k}_patches' in results}
+    few, n, some = shapes_maps(4, cfg.size, 1000 + 100*seed + 2), cfg.size//cfg.p, list(scenes)
+    few, true = few.subset(some), torch.tensor(results['true_patches'][0])[some]
+    cols = {'truth': true} | {k: torch.tensor(results[f'{k}_patches'][0])[some] for k in names if f'{k}_patches' in results}
     short = dict(pixels='pixels', random='random', I='DINO', selfpatch='+ SelfPatch', Ipc='+ SERE', relvit='RelViT', relvit_sere='RelViT\n+ SERE', everything='everything')
-    fig, axs = plt.subplots(scenes, 1 + len(cols), figsize=(size*(1 + len(cols)), size*scenes + .3), layout='constrained')
+    fig, axs = plt.subplots(len(some), 1 + len(cols), figsize=(size*(1 + len(cols)), size*len(some) + .3), squeeze=False, layout='constrained')
     for i, row in enumerate(axs):
         show_image(few[i][0], row[0])
         for ax, (name, found) in zip(row[1:], cols.items()):
             ax.imshow(few.palette[found[i].view(n, n)].numpy(), interpolation='nearest')
             y, x = (found[i] != true[i]).view(n, n).nonzero().T
-            ax.plot(x, y, 'x', color='w', ms=5, mew=1.3)
+            ax.plot(x, y, 'x', color='w', ms=4, mew=1)
             right = (found[i] == true[i]).float().mean()
             ax.set(xticks=[], yticks=[], xlabel='' if name == 'truth' else f'{right:.0%}')
             if i == 0: ax.set_title(short.get(name, name), fontsize=10)
