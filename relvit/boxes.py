@@ -545,7 +545,9 @@ def open_boxes(data, # folder, or 'shapes'
     "Data with boxes by place, its parts named; 'shapes' needs no file. Raises ValueError for a folder of no known format"
     if not 0 < valid < 1: raise ValueError(f'valid is a share between 0 and 1, not {valid}')
     if format not in (None, 'shapes', *FORMATS): raise ValueError(f'there is no format {format!r}; there are shapes, {", ".join(FORMATS)}')
-    if str(data) == 'shapes': s, format = _open_shapes(**kwargs), 'shapes'
+    if str(data) == 'shapes':
+        if format not in (None, 'shapes'): raise ValueError(f"'shapes' are generated scenes, not {format}; a folder of that name is ./shapes")
+        s, format = _open_shapes(**kwargs), 'shapes'
     elif format == 'shapes': raise ValueError(f"format 'shapes' is for data = 'shapes', not {data}")
     else:
         if not Path(data).is_dir(): raise ValueError(f'there is no folder {data}')

@@ -154,6 +154,7 @@ def _track(encoder:Positional[str], data:Positional[Path], mask:Path|None=None, 
     from relvit.tokens import TokenEncoder
     from relvit.training import start_file
     from relvit.video import Pixels, read_video, track_objects
+    if not data.is_dir(): raise FileNotFoundError(f'there is no folder {data}')
     if out is None and mask is not None: raise ValueError('say where the masks shall go: --out FOLDER')
     if encoder == 'still': e = encoder
     elif encoder == 'pixels': e = Pixels().to(device or default_device())

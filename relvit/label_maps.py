@@ -425,6 +425,7 @@ def open_maps(data, # folder, or 'shapes'
     if format not in (None, 'shapes', *FORMATS): raise ValueError(f'there is no format {format!r}; there are shapes, {", ".join(FORMATS)}')
     used = dict(data=str(data), valid=valid, seed=seed, train=train, test=test, **kwargs)
     if str(data) == 'shapes':
+        if format not in (None, 'shapes'): raise ValueError(f"'shapes' are generated scenes, not {format}; a folder of that name is ./shapes")
         if train or test: raise ValueError('train and test name parts of a folder; the scenes have their own')
         s, format = _open_shapes(**kwargs), 'shapes'
     elif format == 'shapes': raise ValueError(f"format 'shapes' is for data = 'shapes', not {data}")

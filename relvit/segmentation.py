@@ -338,6 +338,7 @@ def _(c:Segment, splits=None, encoder=None, recipe=None):
     splits, recipe, report = splits or open_segmentation(c), recipe or config_recipe(c), None
     dls = map_dls(splits, c.bs, c.crop, c.window, c.scales or None, c.short, c.colours,
                   None if c.flip is None else .5*c.flip, c.steps, c.seed, c.device)
+    if c.kind == 'uper' and dls.train.bs < 2: raise ValueError('bs must be 2 or more: UperNet pools an image to a single place, and batch norm needs several')
     torch.manual_seed(c.seed)
     if encoder is None: encoder, report = start_encoder(c if c.img_size or c.init else c.but(img_size=dls.img_size[0]), dls, recipe)
     learn = segment_learner(dls, encoder, c.kind, c.freeze, look_of(c, splits.format, dls.img_size[0]), recipe=recipe, amp=c.amp, seed=c.seed,

@@ -141,6 +141,11 @@ def test_a_recipe_is_chosen_where_the_data_is_known(line, recipe, voc, tmp_path)
     assert Segment(data=str(voc)).but(kind='fpn').usual == 'semfpn' and Segment(data='x', format='imagenets').usual == 'imagenets'
 
 
+def test_what_cannot_go_together_is_said(voc):
+    with pytest.raises(ValueError, match='a folder of that name'): make_learner(Segment(data='shapes', format='voc'))
+    with pytest.raises(ValueError, match='bs must be 2 or more'): make_learner(Segment(**light | dict(bs=1), data=str(voc), kind='uper', width=8))
+
+
 def test_recipes_of_labels_are_refused(voc):
     with pytest.raises(ValueError, match='mixup, cutmix, smoothing, erase, policy'): make_learner(Segment(**light | dict(recipe='modern'), data=str(voc)))
 
