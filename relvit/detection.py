@@ -4,12 +4,11 @@
 
 # %% ../nbs/48_detection.ipynb #60096dbf
 from __future__ import annotations
-import copy, json, torch, pandas as pd
+import copy, torch, pandas as pd
 from dataclasses import dataclass
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric
 from fastcore.foundation import L
-from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import center_crop
@@ -17,19 +16,18 @@ from typing import Literal
 from .augment import random_resized_crop
 from .boxes import BoxSplits, box_dls, open_boxes, show_boxes, stored_image
 from .callbacks import AutoCast, AverageWeights, LeakWarning, PatchRelations, task_metrics
-from .checkpoint import encoder_config, load, load_encoder, write_whole
+from .checkpoint import encoder_config, load
 from .detect import Detector
-from .evaluation import Evaluation, image_paths
+from .evaluation import Evaluation, image_paths, keep_evaluation, validated
 from .images import Unreadable
 from .learner import mega_grid, optimised, patch_callbacks, encoder_of, make_encoder
 from .plots import plt
 from .precision import Precision
 from .recipes import get_recipe
-from .runs import Run
 from .tasks import TASKS, bare, make_tasks
 from .tokens import TokenEncoder
-from .training import (MODES, Fit, Settings, config_of, config_recipe, config_tasks, empty_model, load_model, make_learner, parse_args,
-                             parse_task_args, parse_tasks, recipe_of, same_data, settle, settle_fit, start_file, usable)
+from .training import (MODES, Fit, Settings, config_recipe, config_tasks, empty_model, load_model, make_learner, parse_args,
+                             parse_task_args, parse_tasks, settle, settle_fit, start_file, usable)
 
 # %% auto #0
 __all__ = ['SMALL', 'LIGHT', 'GiveBoxes', 'RejoinBoxes', 'MeasureBoxes', 'BoxMetric', 'BoxLearner', 'detect_learner', 'BoxData',
@@ -292,27 +290,14 @@ def evaluate_detector(run, # `Run` or its folder
                       keep=True # write `evaluation-test-last.json` into the run folder
                      ) -> Evaluation:
     "Average precision of a run, of each class, and of the usual boxes. Raises ValueError where the data has no such part"
-    run = run if isinstance(run, Run) else Run(run)
-    if part not in ('test', 'valid'): raise ValueError(f"part is 'test' or 'valid', not {part!r}")
-    if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
-    c, path = config_of(run), getattr(run, weights)
-    if not isinstance(c, Detect): raise ValueError(f'{run.path} is a {c.mode} run: relvit.evaluation.evaluate is for it')
-    if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    learn = make_learner(c if usable(c.device) else c.but(device=None), encoder=load_encoder(path), recipe=recipe_of(run))
-    same_data(run, learn.dls.splits)
-    if (r := load(path, learn)).missing or any(not n.startswith('optimiser.') for n in r.left_out): raise ValueError(f'{path} is not of this detector: {r!r}')
-    dl = learn.dls.test if part == 'test' else learn.dls.valid
-    if dl is None: raise ValueError(f'{run.data["name"]} has no {part} images; the other part is called {"valid" if part == "test" else "test"}')
-    with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
-    told = dict(zip((n.removeprefix('valid_') for n in learn.recorder.metric_names[2:]), values))
+    run, learn, dl, told, said = validated(run, part, weights, 'detect')
     s, usual, beside = learn.measure_boxes.judged, usual_boxes(learn.dls.train_ds, most=most), Precision(learn.dls.vocab)
     for i, size in enumerate(dl.dataset.sizes.tolist()): beside.add([detections_of_usual(usual, size)], [_boxes_of(dl.dataset, i)])
     model, judged = bare(learn.model), _scores(s) | {k: getattr(s, k) for k in ('small', 'medium', 'large', 'recall')}
     scores = {k: float(v) for k, v in judged.items() if v is not None and v == v} | {k: float(v) for k, v in told.items() if k in model.chance() and v is not None}
-    said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
-    e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores, {k: v for k, v in model.chance().items() if k in scores},
+    e = Evaluation(run.path, said, len(dl.dataset), scores, {k: v for k, v in model.chance().items() if k in scores},
                    {'usual boxes, AP': beside.result().map}, {k: v['AP'] for k, v in s.classes.items() if v['AP'] == v['AP']})
-    if keep: write_whole(run.path/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+    if keep: keep_evaluation(e, part, weights)
     return e
 
 # %% ../nbs/48_detection.ipynb #cabd1cde

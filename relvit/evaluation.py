@@ -16,10 +16,10 @@ from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
 from .tokens import TokenEncoder
-from .training import config_of, load_model, make_learner, open_config_data, recipe_of, usable
+from .training import config_of, load_model, make_learner, open_config_data, recipe_of, same_data, usable
 
 # %% auto #0
-__all__ = ['Evaluation', 'evaluate', 'image_paths', 'predict']
+__all__ = ['Evaluation', 'evaluate', 'validated', 'keep_evaluation', 'image_paths', 'predict']
 
 # %% ../nbs/46_evaluation.ipynb #8a7542f1
 @dataclass
@@ -110,10 +110,35 @@ def evaluate(run, # `Run` or its folder
     said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
     e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), scores,
                    {k: v for k, v in model.chance().items() if k in scores}, beside, classes)
-    if keep: write_whole(run.path/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+    if keep: keep_evaluation(e, part, weights)
     return e
 
 # %% ../nbs/46_evaluation.ipynb #6be31ded
+def validated(run, part, weights, # see `evaluate`
+              mode:str # what the run must be of
+             ) -> tuple: # the `Run`; its Learner, after a pass over the part; the loader of the part; what was told, by name; the part in words
+    "A run's model on one part of its data. Raises ValueError for another mode, part or data, FileNotFoundError where no weights are"
+    run = run if isinstance(run, Run) else Run(run)
+    if part not in ('test', 'valid'): raise ValueError(f"part is 'test' or 'valid', not {part!r}")
+    if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
+    c, path = config_of(run), getattr(run, weights)
+    if c.mode != mode: raise ValueError(f'{run.path} is a {c.mode} run, not a {mode} run: relvit.evaluation.evaluate is for pretrain, finetune and joint')
+    if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
+    learn = make_learner(c if usable(c.device) else c.but(device=None), encoder=load_encoder(path), recipe=recipe_of(run))
+    same_data(run, learn.dls.splits)
+    if (r := load(path, learn)).missing or any(not n.startswith('optimiser.') for n in r.left_out): raise ValueError(f'{path} is not of this model: {r!r}')
+    dl = learn.dls.test if part == 'test' else learn.dls.valid
+    if dl is None: raise ValueError(f'{run.data["name"]} has no {part} images; the other part is called {"valid" if part == "test" else "test"}')
+    with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
+    told = dict(zip((n.removeprefix('valid_') for n in learn.recorder.metric_names[2:]), values))
+    said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
+    return run, learn, dl, told, f'{said} ({weights} epoch)'
+
+def keep_evaluation(e:Evaluation, part, weights) -> Path:
+    "Write what a run is worth into its folder"
+    return write_whole(Path(e.run)/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+
+# %% ../nbs/46_evaluation.ipynb #199af8f6
 def image_paths(files # a path, or several, of images and of folders of them
                ) -> list[Path]:
     "All images that are meant. Raises FileNotFoundError for what is not there, ValueError where there is none"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/49_segmentation.ipynb #486e6c96
 from __future__ import annotations
-import copy, json, math, torch, pandas as pd
+import copy, math, torch, pandas as pd
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from torchvision.transforms.v2.functional import resize
 from typing import Literal
 from .augment import ViewAugment
 from .callbacks import AutoCast, AverageWeights
-from .checkpoint import load, load_encoder, write_whole
+from .checkpoint import write_whole
 from .data import ImageLoader, seed_of
 from .detection import SMALL, start_encoder
-from .evaluation import Evaluation, image_paths
+from .evaluation import Evaluation, image_paths, keep_evaluation, validated
 from .images import Unreadable, pixel_statistics, stored_image
 from .label_maps import IGNORE, MapSplits, open_maps, show_map
 from .learner import FreezeEncoder, encoder_of, make_encoder, optimised
@@ -34,7 +34,7 @@ from .runs import Run
 from .segment import Overlap, Segmenter
 from .tasks import bare
 from .tokens import TokenEncoder
-from .training import (MODES, Fit, Settings, config_of, config_recipe, empty_model, load_model, make_learner, parse_args, recipe_of, same_data,
+from .training import (MODES, Fit, Settings, config_of, config_recipe, empty_model, load_model, make_learner, parse_args,
                              settle, settle_fit, usable)
 
 # %% auto #0
@@ -413,23 +413,12 @@ def evaluate_segmenter(run, # `Run` or its folder
                        keep=True # write `evaluation-test-last.json` into the run folder
                       ) -> Evaluation:
     "mIoU, mAcc and the rest of a run, of each class, and of the usual map. Raises ValueError where the data has no such part"
-    run = run if isinstance(run, Run) else Run(run)
-    if part not in ('test', 'valid'): raise ValueError(f"part is 'test' or 'valid', not {part!r}")
-    if weights not in ('last', 'best'): raise ValueError(f"weights are 'last' or 'best', not {weights!r}")
-    c, path = config_of(run), getattr(run, weights)
-    if not isinstance(c, Segment): raise ValueError(f'{run.path} is a {c.mode} run: relvit.evaluation.evaluate is for it')
-    if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
-    learn = make_learner(c if usable(c.device) else c.but(device=None), encoder=load_encoder(path), recipe=recipe_of(run))
-    same_data(run, learn.dls.splits)
-    if (r := load(path, learn)).missing or any(not n.startswith('optimiser.') for n in r.left_out): raise ValueError(f'{path} is not of this segmenter: {r!r}')
-    dl = learn.dls.test if part == 'test' else learn.dls.valid
-    if dl is None: raise ValueError(f'{run.data["name"]} has no {part} images; the other part is called {"valid" if part == "test" else "test"}')
-    with learn.no_bar(), learn.no_logging(): learn.validate(dl=dl)
-    s, said = learn.judge_maps.judged, run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
+    run, learn, dl, _, said = validated(run, part, weights, 'segment')
+    s = learn.judge_maps.judged
     beside = {f'{k}, mIoU': v.miou for k, v in judge_usual(learn.dls.train_ds, dl.dataset, most).items()}
-    e = Evaluation(run.path, f'{said} ({weights} epoch)', len(dl.dataset), _scores(s), {}, beside,
+    e = Evaluation(run.path, said, len(dl.dataset), _scores(s), {}, beside,
                    {k: v['IoU'] for k, v in s.classes.items() if v['IoU'] == v['IoU']})
-    if keep: write_whole(run.path/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+    if keep: keep_evaluation(e, part, weights)
     return e
 
 # %% ../nbs/49_segmentation.ipynb #19cc0feb

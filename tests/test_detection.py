@@ -1,9 +1,8 @@
 "A detector as a run: from files in COCO's format, joint, in mixed precision, stopped and gone on with, judged, asked about new images, by the command line."
-import json, os, signal, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest
-from fastai.callback.core import Callback
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -14,14 +13,13 @@ from relvit.plots import plt
 from relvit.runs import Run
 from relvit.shapes import SHAPES, make_shapes
 from relvit.tokens import TokenEncoder
-from relvit.training import Finetune, Pretrain, config_of, load_model, plan, settle, train
+from relvit.training import Finetune, Pretrain, config_of, load_model, plan, settle
 from relvit.transfer import TABLES, Transfer, configs, transfer, transfer_table
+
+from stopped import StopAt, quietly, told
 
 light = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=2', 'num_heads=2', 'drop_path_rate=.2'), img_size=32, p=8, width=16, anchors=4.,
              min_size=(48,), bs=4, epochs=2, device='cpu', every=1e9, recipe='scenes')
-
-
-def quietly(c=None, **kwargs): return train(c, tell='nothing', **kwargs)
 
 
 def write_coco(root, part, n, seed):
@@ -46,17 +44,6 @@ def coco(tmp_path_factory):
     there = tmp_path_factory.mktemp('coco')
     for part, n in ('train2017', 20), ('val2017', 6): write_coco(there, part, n, n)
     return there
-
-
-class StopAt(Callback):
-    "Presses Ctrl-C in a step of an epoch"
-    order = 90
-    def __init__(self, epoch, step): self.at = epoch, step
-    def after_batch(self):
-        if self.learn.training and (self.learn.epoch, self.learn.iter) == self.at: os.kill(os.getpid(), signal.SIGINT)
-
-
-def told(run): return [{k: v for k, v in m.items() if k != 'seconds'} for m in run.metrics]
 
 
 @pytest.mark.parametrize('kind', ['mask', 'cascade'])

@@ -18,14 +18,12 @@ from relvit.learner import finetune_learner, pretrain_learner
 from relvit.recipes import RECIPES
 from relvit.reproduce import METHODS, TABLE1, Reproduction, stage, compare_rows, reproduce
 from relvit.runs import Run
-from relvit.training import Finetune, Joint, Pretrain, change_recipe, load_model, make_learner, recipe_of, settle, train
+from relvit.training import Finetune, Joint, Pretrain, change_recipe, load_model, make_learner, recipe_of, settle
+
+from stopped import quietly, told
 
 tiny = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=2', 'num_heads=2'), bs=32, epochs=2, steps=4, device='cpu')
 vit = dict(p=4, embed_dim=24, depth=2, num_heads=2)
-
-
-def quietly(c=None, **kwargs): return train(c, tell='nothing', **kwargs)
-def told(run): return [{k: v for k, v in m.items() if k != 'seconds'} for m in run.metrics]
 
 
 class Halt(Callback):

@@ -1,15 +1,16 @@
 "A run that was stopped, killed or cut inside an epoch goes on as if nothing had happened, to the bit."
-import os, random, signal, subprocess, sys, time
+import random, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest
-from fastai.callback.core import Callback
 from PIL import Image
 
 from relvit.data import make_dls
 from relvit.datasets import digits, open_data
 from relvit.runs import RecordRun, Run, load_state
-from relvit.training import Finetune, Joint, Pretrain, load_model, make_learner, train
+from relvit.training import Finetune, Joint, Pretrain, load_model, make_learner
+
+from stopped import StopAt, quietly, told
 
 tiny = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=2', 'num_heads=2', 'drop_path_rate=.2'), bs=32,
             epochs=3, steps=5, device='cpu', every=1e9)
@@ -25,21 +26,6 @@ def folder(tmp_path_factory):
         f.parent.mkdir(exist_ok=True)
         Image.fromarray(img[0].numpy()).save(f)
     return there
-
-
-class StopAt(Callback):
-    "Presses Ctrl-C in the step of an epoch, in training or in validation"
-    order = 90
-    def __init__(self, epoch, step, training=True): self.at, self.when = (epoch, step), training
-    def after_batch(self):
-        if self.learn.training == self.when and self.learn.epoch == self.at[0] and (not self.when or self.learn.iter == self.at[1]):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def quietly(c=None, **kwargs): return train(c, tell='nothing', **kwargs)
-
-
-def told(run): return [{k: v for k, v in m.items() if k != 'seconds'} for m in run.metrics]
 
 
 def same(a, b):

@@ -1,5 +1,5 @@
 "A segmenter as a run: from files in VOC's format, in mixed precision, frozen, stopped and gone on with, judged, asked about new images, by the command line."
-import json, os, signal, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -13,13 +13,12 @@ from relvit.recipes import get_recipe
 from relvit.segment import Overlap
 from relvit.segmentation import Segment, cut_window, evaluate_segmenter, judge_usual, load_segmenter, map_dls, scale_windows, segment_files, segment_learner
 from relvit.tokens import TokenEncoder
-from relvit.training import Finetune, Pretrain, config_of, load_model, make_learner, plan, settle, train
+from relvit.training import Finetune, Pretrain, config_of, load_model, make_learner, plan, settle
+
+from stopped import StopAt, quietly, told
 
 light = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth=2', 'num_heads=2', 'drop_path_rate=.2'), img_size=32, p=8,
              bs=4, epochs=2, device='cpu', every=1e9, recipe='scenes', crop=32, short=40)
-
-
-def quietly(c=None, **kwargs): return train(c, tell='nothing', **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -38,17 +37,6 @@ def voc(tmp_path_factory):
             im.putpalette(voc_colours(256).flatten().tolist())
             im.save(root/f'SegmentationClass/{name}.png')
     return root
-
-
-class StopAt(Callback):
-    "Presses Ctrl-C in a step of an epoch"
-    order = 90
-    def __init__(self, epoch, step): self.at = epoch, step
-    def after_batch(self):
-        if self.learn.training and (self.learn.epoch, self.learn.iter) == self.at: os.kill(os.getpid(), signal.SIGINT)
-
-
-def told(run): return [{k: v for k, v in m.items() if k != 'seconds'} for m in run.metrics]
 
 
 @pytest.mark.parametrize('kind,more', [('linear', dict(accumulate=2)), ('uper', dict(width=16, recipe_args=('layer_decay=.5', 'ema=.5')))])
