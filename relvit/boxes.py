@@ -5,6 +5,7 @@
 # %% ../nbs/42_boxes.ipynb #8722a68e
 from __future__ import annotations
 import json, torch, warnings, numpy as np
+from collections import Counter
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.basics import patch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import crop as cut
 from .data import ImageLoader, seed_of
 from .datasets import Parts, VOC, voc_home
-from .images import StoredImages, hold_out, looked_at, pixel_statistics, stored_image, stored_size
+from .images import StoredImages, below, hold_out, looked_at, pixel_statistics, stored_image, stored_size
 from .label_maps import COLOURS
 from .plots import plt, show_image, to_rgb
 from .shapes import SEEDS, SHAPES, make_shapes
@@ -331,13 +332,14 @@ def read_voc(root, # folder `VOC2007`, or one that holds it
     "Pascal VOC, or a data set in its layout"
     if (home := voc_home(root, year)) is None: raise FileNotFoundError(f'{root} holds no folder with ImageSets/Main and Annotations')
     if part not in _parts(home): raise ValueError(f'{home} has no part {part!r}; there are {", ".join(_parts(home))}')
-    ids = [line.split()[0] for line in (home/f'ImageSets/Main/{part}.txt').read_text().splitlines() if line.strip()]
+    listed = home/f'ImageSets/Main/{part}.txt'
+    ids = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
     if masks and not (home/'SegmentationObject').is_dir():
         warnings.warn(f'{home} has no folder SegmentationObject: its objects have no masks')
         masks = False
     if masks: ids = [i for i in ids if (home/f'SegmentationObject/{i}.png').is_file()]
     stored = {p.stem: p for p in sorted((home/'JPEGImages').glob('*'), reverse=True)}
-    sizes, found = zip(*[_voc_file(home/f'Annotations/{i}.xml') for i in ids]) if ids else ((), ())
+    sizes, found = zip(*[_voc_file(below(home, f'Annotations/{i}.xml', listed)) for i in ids]) if ids else ((), ())
     rows = [(n, i + 1, *o) for n, objects in enumerate(found) for i, o in enumerate(objects)]
     if vocab is None: vocab = VOC if {r[2] for r in rows} <= set(VOC) else sorted({r[2] for r in rows})
     place = {name: k + 1 for k, name in enumerate(vocab)}
@@ -347,10 +349,50 @@ def read_voc(root, # folder `VOC2007`, or one that holds it
     return _made(f'{home.name} {part}', vocab, files, of, boxes, labels, sizes, difficult=hard, masks=sources, **kwargs)
 
 # %% ../nbs/42_boxes.ipynb #2f32eb8d
-def _polygon(s):
-    "A segmentation with coordinates as arrays, an eighth of the memory"
-    return [np.asarray(p, dtype=np.float32) for p in s] if isinstance(s, list) else s
+def _lengths(text):
+    "The run lengths that COCO packed into a text: five bits a character, the lowest first, from the third on as a difference to the last but one"
+    out, v, shift = [], 0, 0
+    for c in text.encode() if isinstance(text, str) else text:
+        v, shift = v | (c - 48 & 31) << shift, shift + 5
+        if c - 48 & 32: continue
+        if c - 48 & 16: v -= 1 << shift
+        out.append(v + (out[-2] if len(out) > 2 else 0))
+        v = shift = 0
+    return out
 
+def _segmentation(s, h, w):
+    "A mask as it is stored, coordinates as arrays, an eighth of the memory. Raises ValueError for what pycocotools would read beyond its end"
+    if isinstance(s, list):
+        points = [np.asarray(p, dtype=np.float32) for p in s]
+        if any(p.ndim != 1 or not (np.abs(p) < 1e5).all() for p in points): raise ValueError('its polygons are no lists of coordinates in pixels')
+        return points
+    size, runs = [int(v) for v in s['size']], s['counts']
+    if h and w and size != [h, w]: raise ValueError(f'its mask is of {size[1]} x {size[0]} pixels, its image of {w} x {h}')
+    runs = runs if isinstance(runs, list) else _lengths(runs)
+    if len(size) != 2 or min(runs, default=-1) < 0 or sum(runs) != size[0]*size[1]: raise ValueError(f'the run lengths of its mask are not those of {" x ".join(map(str, size[::-1]))} pixels')
+    return s
+
+def _each(f, rows, what, file):
+    "What `f` makes of every row. Raises ValueError with the number of the first that it cannot read"
+    out = []
+    for i, row in enumerate(rows):
+        try: out.append(f(row))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+            raise ValueError(f'{what} {i} of {file} cannot be read: {f"it has no {e}" if isinstance(e, KeyError) else e}') from e
+    return out
+
+def _instances(file):
+    "Images, categories and annotations of a file of COCO instances"
+    try: d = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as e: raise ValueError(f'{file} is no JSON, or was cut: {e}') from e
+    for k in ('images', 'categories', 'annotations'):
+        if not isinstance(d, dict) or not isinstance(d.get(k), list): raise ValueError(f'{file} is no file of COCO instances: it has no list {k!r}')
+    for k in ('images', 'categories'):
+        ids = _each(lambda r: (hash(r['id']), r['id'])[1], d[k], dict(images='image', categories='category')[k], file)
+        if twice := [i for i, n in Counter(ids).items() if n > 1]: raise ValueError(f'{file} has two {k} of id {twice[0]}')
+    return d['images'], sorted(d['categories'], key=lambda c: (str(type(c['id'])), c['id'])), d['annotations']
+
+# %% ../nbs/42_boxes.ipynb #637815d2
 def read_coco(root, # a folder with `annotations/instances_<part>.json` and `<part>/`, or a JSON file
               part='train2017',
               images=None, # folder of images, with a JSON file
@@ -362,27 +404,29 @@ def read_coco(root, # a folder with `annotations/instances_<part>.json` and `<pa
     file = Path(root) if str(root).endswith('.json') else Path(root)/f'annotations/instances_{part}.json'
     folder = Path(images) if images else file.parent.parent/part
     if not file.is_file(): raise FileNotFoundError(f'there is no {file}; there are {", ".join(_coco_parts(root)) or "no parts"}')
-    try:
-        d = json.loads(file.read_bytes())
-        seen, kinds, notes = d['images'], sorted(d['categories'], key=lambda c: c['id']), d['annotations']
-        place, label = {im['id']: i for i, im in enumerate(seen)}, {c['id']: k + 1 for k, c in enumerate(kinds)}
-        notes = sorted(notes, key=lambda a: place[a['image_id']])
-        boxes = np.array([a['bbox'] for a in notes], dtype=np.float64).reshape(-1, 4)
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{file} is no file of COCO instances: {type(e).__name__} {e}') from e
-    boxes[:, 2:] += boxes[:, :2]
-    lack = sum(not a.get('segmentation') for a in notes)
+    seen, kinds, notes = _instances(file)
+    place, label = {im['id']: i for i, im in enumerate(seen)}, {c['id']: k + 1 for k, c in enumerate(kinds)}
+    images = _each(lambda im: (below(folder, im['file_name'], file), (int(im.get('height') or 0), int(im.get('width') or 0))), seen, 'image', file)
+    lack = sum(not (isinstance(a, dict) and a.get('segmentation')) for a in notes)
     if masks and 0 < lack < len(notes): warnings.warn(f'{lack} of {len(notes)} objects of {file.name} have no mask: all are read without')
-    ds = _made(folder.name, [c['name'] for c in kinds], [folder/im['file_name'] for im in seen], [place[a['image_id']] for a in notes],
-               boxes, [label.get(a['category_id'], -1) for a in notes], [(im.get('height', 0), im.get('width', 0)) for im in seen],
-               crowd=[bool(a.get('iscrowd')) for a in notes],
-               masks=[_polygon(a['segmentation']) for a in notes] if masks and not lack else None, **kwargs)
+    masks = masks and not lack
+    def note(a):
+        if (i := place.get(a['image_id'])) is None: raise ValueError(f'its image {a["image_id"]} is not listed')
+        if not isinstance(a['bbox'], list) or len(a['bbox']) != 4: raise ValueError(f'its bbox is no list of four numbers: {a["bbox"]}')
+        return i, label.get(a['category_id'], -1), [float(v) for v in a['bbox']], bool(a.get('iscrowd')), _segmentation(a['segmentation'], *images[i][1]) if masks else None
+    notes = sorted(_each(note, notes, 'annotation', file), key=lambda n: n[0])
+    of, labels, boxes, crowd, stored = ([n[k] for n in notes] for k in range(5))
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    ds = _made(folder.name, _each(lambda c: str(c['name']), kinds, 'category', file), [f for f, _ in images], of, boxes, labels, [size for _, size in images],
+               crowd=crowd, masks=stored if masks else None, **kwargs)
     ds.category_ids = [c['id'] for c in kinds]
     if drop_empty: ds = ds.subset(ds.of[~ds.crowd].unique())
     return ds
 
 def _coco_parts(root): return sorted(p.stem[10:] for p in Path(root).glob('annotations/instances_*.json'))
 
-# %% ../nbs/42_boxes.ipynb #72161f91
+# %% ../nbs/42_boxes.ipynb #97777a7d
 KITTI = 'Car Van Truck Pedestrian Person_sitting Cyclist Tram Misc'.split()
 
 def _kitti_root(root): return _below(root, *(f'{at}training/label_2' for at in ('', 'raw/', 'Kitti/raw/')))
@@ -405,7 +449,7 @@ def read_kitti(root, # a folder with `training/image_2` and `training/label_2`, 
     return _made('KITTI', KITTI, [stored.get(f.stem, home.parent/f'image_2/{f.stem}.png') for f in notes], [r[0] for r in rows],
                  [r[2] for r in rows], [label.get(r[1], -1) for r in rows], **kwargs)
 
-# %% ../nbs/42_boxes.ipynb #6bb15770
+# %% ../nbs/42_boxes.ipynb #57dd7101
 def _digits(path):
     "Name, and left, top, width, height and class of each digit, of every image of a digitStruct.mat"
     try: import h5py
@@ -441,13 +485,13 @@ def read_svhn(root, # a folder with `train`, `test` and perhaps `extra`, or one 
     if (home := _svhn_root(root)) is None: raise FileNotFoundError(f'{root} holds no folder with a digitStruct.mat')
     there = sorted(p.parent.name for p in home.glob('*/digitStruct.mat'))
     if not set(part.split('+')) <= set(there): raise ValueError(f'{home} has no part {part!r}; there are {", ".join(there)}')
-    found = [(home/p/name, digits) for p in part.split('+') for name, digits in _digits(home/p/'digitStruct.mat')]
+    found = [(below(home/p, name, home/p/'digitStruct.mat'), digits) for p in part.split('+') for name, digits in _digits(home/p/'digitStruct.mat')]
     of = [n for n, (_, digits) in enumerate(found) for _ in digits]
     rows = np.array([d for _, digits in found for d in digits]).reshape(-1, 5)
     boxes, y = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1), rows[:, 4].astype(int) % 10 + 1
     return _made(f'SVHN {part}', list('0123456789'), [f for f, _ in found], of, boxes, y, flip=False, **kwargs)
 
-# %% ../nbs/42_boxes.ipynb #ae7504ef
+# %% ../nbs/42_boxes.ipynb #79e555a1
 class BoxSplits(Parts):
     "Sets of boxes to train on, to choose on and to report on"
     @property
@@ -456,7 +500,7 @@ class BoxSplits(Parts):
     def _holds(self): return 'boxes and masks' if self.has_masks else 'boxes'
     def report(self) -> dict: return super().report() | dict(masks=self.has_masks) # plain data, for the record of a run
 
-# %% ../nbs/42_boxes.ipynb #79e555a1
+# %% ../nbs/42_boxes.ipynb #b02660af
 def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
             bs=8, # images of a batch
             flip:float=None, # share of training images that are mirrored; half, where the data allows it, if None
@@ -467,6 +511,7 @@ def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
            ) -> DataLoaders:
     "fastai `DataLoaders` of boxes, with `.vocab`, `.c`, `.mean`, `.std`, `.channels`, `.splits` and `.test`"
     s = open_boxes(s, **kwargs) if not isinstance(s, BoxSplits) else s
+    if not (~s.train.crowd).any(): raise ValueError(f'there is no object to learn in the images that {s.name} trains on: no annotation, or crowds and unknown classes alone')
     device = torch.device(device or default_device())
     flip = .5*s.train.flip if flip is None else flip
     if flip and not s.train.flip: warnings.warn(f'images of {s.name} are mirrored, which changes what they show')
@@ -479,7 +524,7 @@ def box_dls(s, # `BoxSplits`, or a name or folder for `open_boxes`
     dls.mean, dls.std = pixel_statistics(s.train)
     return dls
 
-# %% ../nbs/42_boxes.ipynb #b02660af
+# %% ../nbs/42_boxes.ipynb #d53dc3d6
 def _open_voc(root, valid, seed, year=None, **kwargs):
     home = voc_home(root, year)
     train = read_voc(home, 'train', **kwargs)
@@ -511,7 +556,7 @@ def _open_coco(root, valid, seed, year='', **kwargs):
             'reported on': f'{test.name}, its labelled validation images' if test is not None else 'nothing: it has no val part'}
     return BoxSplits(rest, held, test, said)
 
-# %% ../nbs/42_boxes.ipynb #d53dc3d6
+# %% ../nbs/42_boxes.ipynb #5a1d588e
 def _open_kitti(root, valid, seed, share=.75, **kwargs): # of the labelled images that is not reported on
     train, test = hold_out(read_kitti(root, **kwargs), 1 - share, seed)
     train, held = hold_out(train, valid, seed)
@@ -534,7 +579,7 @@ FORMATS = dict(voc=(voc_home, _open_voc, 'ImageSets/Main'), kitti=(_kitti_root, 
                svhn=(_svhn_root, _open_svhn, 'train/digitStruct.mat'), # where it is, who opens it, how it is known
                coco=(lambda root: Path(root) if _coco_parts(root) else None, _open_coco, 'annotations/instances_*.json'))
 
-# %% ../nbs/42_boxes.ipynb #5a1d588e
+# %% ../nbs/42_boxes.ipynb #35c5f2ef
 def open_boxes(data, # folder, or 'shapes'
                format:str=None, # 'voc', 'coco', 'kitti', 'svhn'; seen from the folder if None
                valid=.1, # share of the training images that is held out to choose on, where no part of its own is for that

@@ -4,12 +4,12 @@
 
 # %% ../nbs/33_callbacks.ipynb #28897704
 from __future__ import annotations
-import warnings, torch
-from fastai.callback.core import Callback
+import math, warnings, torch, torch.distributed as dist
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Metric
 from fastai.torch_core import num_distrib
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from .augment import ImageAugment, PatchAugment, dino_views
 from .patches import grid_of, mega_patches, pair, permute, positions, random_perms
 from .plots import plt, show_patches, show_relations
@@ -21,7 +21,7 @@ from torch import nn
 # %% auto #0
 __all__ = ['PatchCallback', 'MegaPatches', 'AugmentPatches', 'PermutePatches', 'PatchRelations', 'MakeViews', 'MoveTeacher',
            'ClipEach', 'ImageCallback', 'AugmentImages', 'MixImages', 'AverageWeights', 'Accumulate', 'TaskMetric',
-           'task_metrics', 'AutoCast', 'LeakWarning']
+           'task_metrics', 'AutoCast', 'LeakWarning', 'NotFinite', 'FiniteLosses']
 
 # %% ../nbs/33_callbacks.ipynb #ca62e9f8
 class PatchCallback(Callback):
@@ -308,3 +308,106 @@ class LeakWarning(Callback):
             cure = 'add PermutePatches()' + choice
             warnings.warn(f'{" and ".join(leaking)} can be solved by position alone: this encoder knows where its tokens '
                           f'lie and nothing shuffles them. {cure} (permute=True of the learners).', stacklevel=2)
+
+# %% ../nbs/33_callbacks.ipynb #a7a40201
+def _listed(names, most=3):
+    "Some names, and how many more"
+    names = [*names]
+    return ', '.join(names[:most]) + f' and {len(names) - most:,} more'*(len(names) > most)
+
+def _and(names): return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else ''.join(names)
+
+def _which(values): # of those that are not finite, by name
+    "Losses and what is wrong with them, in words"
+    kinds = {}
+    for k, v in values.items(): kinds.setdefault('NaN' if math.isnan(v) else 'infinite', []).append(k)
+    return ' and '.join(f'loss{"es" if len(names) > 1 else ""} of {_and(names)} {"are" if len(names) > 1 else "is"} {kind}' for kind, names in kinds.items())
+
+class NotFinite(FloatingPointError):
+    "A loss or a gradient that is NaN or infinite"
+    def __init__(self, what:str, # it was, in words
+                 epoch:int, step:int, # from 0, as a run counts them
+                 training=True, # or in validation
+                 tasks=(), # whose losses they are
+                 files=(), # of the batch: paths, keys of shards, or data set and number
+                 spoilt=(), # files whose pixels were not finite when the model saw them
+                 help=()): # what may help, in words
+        super().__init__(what)
+        self.what, self.epoch, self.step, self.training = what, epoch, step, training
+        self.tasks, self.files, self.spoilt, self.help = [*tasks], [*files], [*spoilt], [*help]
+        self.checkpoint = self.record = None # last good state (path, epoch, step), and where all files are listed, of a run
+
+    @property
+    def said(self): return f'{self.what} at epoch {self.epoch}, step {self.step}{"" if self.training else " of the validation"}'
+    def asdict(self): # plain data
+        keys = 'said what tasks epoch step training files spoilt help checkpoint'.split()
+        return {k: getattr(self, k) for k in keys}
+
+# %% ../nbs/33_callbacks.ipynb #0a2a9207
+@patch
+def __str__(self:NotFinite):
+    files = f'Its batch: {_listed(self.files)}' + f' (all in {self.record})'*bool(self.record) if self.files else 'The files of its batch are not known'
+    seen = f'; not finite are the pixels of {_listed(self.spoilt)}' if self.spoilt else ''
+    c = self.checkpoint
+    kept = (f' The last good state, {c["path"]} of epoch {c["epoch"]}, step {c["step"]}, is as it was: to resume leads here again, '
+            'unless an image was at fault and is mended; a new run may begin with its weights (init).' if c else
+            ' No state was saved before it.' if self.record else '')
+    done = ' and the step was not taken' if self.training else ''
+    return f'{self.said}{done}. {files}{seen}.{kept}' + (f' What may help: {", ".join(self.help)}.' if self.help else '')
+
+# %% ../nbs/33_callbacks.ipynb #ed6ea3a6
+class FiniteLosses(Callback):
+    """Ends a fit before a step by a loss or a gradient that is not finite, and raises `NotFinite` when all has been put away. Reads
+    `learn.loss`, `.model`, `.xb`, `.dl`, `.epoch`, `.iter`, `.opt`; a `RecordRun` completes its `error`"""
+    order = 120 # after all that end a fit in order
+    def __init__(self, gradients=True): self.gradients, self.error, self.on = gradients, None, False # look at gradients too?
+    def before_fit(self): self.error, self.on = None, not hasattr(self.learn, 'lr_finder') # which goes too far on purpose
+    def after_backward(self):
+        if not self.on: return
+        scaled = getattr(getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None), 'is_enabled', bool)()
+        grads = [w.grad for w in self.learn.model.parameters() if w.grad is not None] if self.gradients and not scaled else []
+        self.check([self.learn.loss.detach(), *(torch._foreach_norm(grads) if grads else [])])
+    def after_loss(self):
+        if self.on and not self.learn.training: self.check([self.learn.loss.detach()])
+
+    def check(self, values):
+        "One number to wait for; of several processes all stop where one has to"
+        fine = torch.stack([v.float().mean() for v in values]).isfinite().all()
+        if several := dist.is_available() and dist.is_initialized(): dist.all_reduce(fine := fine.float(), dist.ReduceOp.MIN)
+        if bool(fine): return
+        self.error = self.found(several)
+        self.learn.opt.zero_grad() # or what comes next would begin with it
+        raise CancelFitException
+
+    def after_fit(self):
+        self.on = False
+        if self.error is not None: raise self.error
+
+# %% ../nbs/33_callbacks.ipynb #796d2eb1
+@patch
+def found(self:FiniteLosses, several=False) -> NotFinite:
+    "What was not finite, on which images"
+    learn, model = self.learn, bare(self.learn.model)
+    losses = {k.removesuffix('_loss'): float(v) for k, v in getattr(model, 'scores', {}).items() if k.endswith('_loss')}
+    bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
+    if not bad and not math.isfinite(v := float(learn.loss.detach().mean())): what = f'loss is {"NaN" if math.isnan(v) else "infinite"}'
+    elif bad: what = _which(bad)
+    else: what = self.of_gradients()
+    files = getattr(learn.dl, 'last_names', list)()
+    odd = [bool(x.is_floating_point() and not x.isfinite().all()) for x in learn.xb[0]]
+    spoilt = [f for f, o in zip(files, odd) if o] if len(files) == len(odd) else []
+    if several: # each has a share of the batch
+        dist.all_gather_object(said := [None]*dist.get_world_size(), (bool(bad), what, [*bad], files, spoilt))
+        said = [s for s in said if s[0]] or said
+        what, bad = said[0][1], said[0][2]
+        files, spoilt = ([f for s in said for f in s[k]] for k in (3, 4))
+    lr, clipped = learn.opt.hypers[-1]['lr'], any(isinstance(cb, GradientClip) for cb in learn.cbs)
+    help = ([] if spoilt else [f'a lower learning rate (it was {lr:.3g})', *([] if clipped else ["clipped gradients (a recipe's clip)"]),
+                               *(['no amp'] if hasattr(learn, 'auto_cast') or hasattr(learn, 'mixed_precision') else [])])
+    return NotFinite(what, learn.epoch, learn.iter, learn.training, bad, files, spoilt, help)
+
+@patch
+def of_gradients(self:FiniteLosses) -> str:
+    "Which gradients were not finite, in words"
+    names = [n for n, w in self.learn.model.named_parameters() if w.grad is not None and not w.grad.float().norm().isfinite()]
+    return f'the loss is finite, and the gradient of {_listed(names, 1) or "a weight"} is not'

@@ -4,10 +4,11 @@
 
 # %% ../nbs/34_checkpoint.ipynb #4541e41f
 from __future__ import annotations
-import json, os, tempfile, timm, torch
+import errno, json, os, re, shutil, tempfile, timm, torch
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from . import __version__, t2t # noqa: F401 whose models timm then knows by name
@@ -15,29 +16,98 @@ from .tasks import RelViT, bare
 from .tokens import TokenEncoder
 
 # %% auto #0
-__all__ = ['MEAN', 'write_whole', 'save', 'read_meta', 'Report', 'load', 'encoder_config', 'load_encoder', 'Export',
+__all__ = ['DEAD', 'MEAN', 'FORMAT', 'Unwritten', 'unwritten', 'as_bytes', 'sync_folder', 'write_whole', 'sweep', 'append',
+           'writable', 'save', 'readable', 'read_meta', 'Report', 'load', 'encoder_config', 'load_encoder', 'Export',
            'export_timm']
 
 # %% ../nbs/34_checkpoint.ipynb #3bc6b65f
+class Unwritten(OSError):
+    "A file could not be written. What lay there before is whole"
+
+def unwritten(path, # what was to be written
+              e, # why not: OSError, or what safetensors makes of it
+              size=0, # bytes that were wanted, if that is known
+              folder=None # where it was to lie, if not in its parent
+             ) -> Unwritten:
+    "The error that says which file, why, and what helps"
+    folder, found = folder or Path(path).parent, re.search(r'\(os error (\d+)\)', str(e)) # safetensors' are no OSErrors
+    code = getattr(e, 'errno', None) or (int(found[1]) if found else None)
+    why, wanted = os.strerror(code) if code else str(e), f'{as_bytes(size)} wanted' if size else ''
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError): wanted = ', '.join([wanted]*bool(wanted) + [f'{as_bytes(shutil.disk_usage(folder).free)} free'])
+        cure = 'make room'
+    elif code == errno.EFBIG: cure = 'a limit on the size of files (ulimit -f) or the file system forbids it'
+    elif code in (errno.EACCES, errno.EPERM, errno.EROFS): cure = f'it takes a folder that you may write into, which {folder} is not'
+    else: cure = f'{folder} is no folder' if code in (errno.EEXIST, errno.ENOTDIR) else ''
+    new = Unwritten(f'{path} could not be written: {why}' + f' ({wanted})'*bool(wanted) + f'; {cure}'*bool(cure))
+    new.errno = code
+    return new
+
+def as_bytes(n:int) -> str:
+    "Bytes as a person says them"
+    return next((f'{n/10**k:.1f} {u}' for k, u in ((9, 'GB'), (6, 'MB'), (3, 'kB')) if n >= 10**k), f'{n} bytes')
+
+# %% ../nbs/34_checkpoint.ipynb #35bfaf68
+def sync_folder(path):
+    "Bring the names in a folder to the disk, where the system knows how"
+    if os.name != 'posix': return
+    with suppress(OSError): # not every network file system does
+        fd = os.open(path, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
 def write_whole(path, # where the file shall be
-                write # function of a path that writes it
+                write, # function of a path that writes it
+                size=0 # bytes that it will have, if that is known
                ) -> Path:
-    "Write a file completely or not at all"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(fd)
+    "Write a file completely or not at all. Raises Unwritten where it cannot be"
+    path, tmp = Path(path), None
     try:
-        write(tmp)
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent.parent)
+        tmp = tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.')
+        write(new := f'{tmp}/new') # a name that nobody looks for, should it be left
+        with open(new, 'rb+') as f: os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(tmp, 0o666 & ~umask) # mkstemp lets nobody else read
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+        os.chmod(new, 0o666 & ~umask) # safetensors lets nobody else read
+        os.replace(new, path)
+    except (OSError, SafetensorError) as e: raise unwritten(path, e, size) from e
+    finally:
+        if tmp: shutil.rmtree(tmp, ignore_errors=True)
+    sync_folder(path.parent)
     return path
 
-# %% ../nbs/34_checkpoint.ipynb #46c2b872
+# %% ../nbs/34_checkpoint.ipynb #83b4b0bd
+DEAD = re.compile(r'\..+\.[a-z0-9_]{8}|\.tmp\w{6}') # what `write_whole` leaves when it is killed; what safetensors leaves
+
+def sweep(folder):
+    "Take away what killed processes left of files that they were writing. Only for who alone writes into the folder"
+    for f in Path(folder).glob('.*'):
+        if not DEAD.fullmatch(f.name): continue
+        if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
+        else: f.unlink(missing_ok=True)
+
+def append(path, line:str):
+    "Add a line to a file, as far as the disk, whole or not at all. Raises Unwritten where it cannot be"
+    size = None
+    try:
+        with open(path, 'ab', buffering=0) as f:
+            size, line = f.tell(), (line + '\n').encode()
+            while line: line = line[f.write(line):]
+            os.fsync(f.fileno())
+    except OSError as e:
+        with suppress(OSError): size is not None and os.truncate(path, size)
+        raise unwritten(path, e) from e
+
+def writable(folder):
+    "Raises Unwritten where no file can be made in a folder, or where it would be made; nothing is left there"
+    there = next((f for f in (Path(folder), *Path(folder).parents) if f.exists()), Path())
+    try: tempfile.TemporaryFile(dir=there).close()
+    except OSError as e: raise unwritten(folder, e, folder=there) from e
+
+# %% ../nbs/34_checkpoint.ipynb #f58489b9
 def _model(obj):
     "The module of a Learner, or the module itself"
     model = bare(obj if isinstance(obj, nn.Module) else getattr(obj, 'model', None))
@@ -51,7 +121,8 @@ MEAN = 'ema.module.' # the names of averaged weights begin so
 
 def _write(tensors, meta, path):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return write_whole(path, lambda f: save_file(tensors, f, {'format': 'pt', 'relvit': json.dumps(meta)}))
+    size = sum(v.nbytes for v in tensors.values())
+    return write_whole(path, lambda f: save_file(tensors, f, {'format': 'pt', 'relvit': json.dumps(meta)}), size)
 
 def save(obj, # Learner, `RelViT` or `TokenEncoder`
          path, # file, .safetensors
@@ -62,18 +133,35 @@ def save(obj, # Learner, `RelViT` or `TokenEncoder`
     model = _model(obj)
     enc, tasks = _encoder(model), {n: type(t).__name__ for n, t in getattr(model, 'tasks', {}).items()}
     if getattr(model, 'teacher', None) is not None: meta['counts'] = model.counts # whose encoder it is about
-    meta = dict(kind=type(model).__name__, version=__version__, encoder=enc.config, grid=enc.grid, tasks=tasks, **meta)
+    meta = dict(kind=type(model).__name__, version=__version__, format=FORMAT, encoder=enc.config, grid=enc.grid, tasks=tasks, **meta)
     return _write(model.state_dict() | (tensors or {}), meta, path)
 
+FORMAT = 1 # of files and run folders: goes up when an older relvit could not read what is written
+
+def readable(said:dict, # what a file or a run folder says of itself
+             what, # its path
+             by=None # version that wrote it
+            ):
+    "Raises ValueError for what a newer relvit wrote in a format that this one does not know"
+    if isinstance(n := said.get('format', 1), int) and n <= FORMAT: return
+    raise ValueError(f'{what} was written by relvit {by or "of a newer version"}, this is relvit {__version__}: upgrade it (pip install --upgrade relvit)')
+
 def read_meta(path) -> dict:
-    "The configuration in a file of `save`; {} for another's. Raises ValueError for what is no safetensors file"
+    "The configuration in a file of `save`; {} for another's. Raises ValueError for what is no safetensors file, or of a newer relvit"
+    if (path := Path(path)).is_dir(): raise ValueError(f'{path} is a folder, where a safetensors file is wanted')
+    if path.is_file() and not path.stat().st_size: raise ValueError(f'{path} is not a safetensors file: it is empty')
     try:
-        with safe_open(path, 'pt') as f: return json.loads((f.metadata() or {}).get('relvit', '{}'))
+        with safe_open(path, 'pt') as f: said = (f.metadata() or {}).get('relvit', '{}')
     except FileNotFoundError: raise
     except Exception as e:
-        raise ValueError(f'{path} is not a safetensors file ({e}); pickled checkpoints are not read') from e
+        raise ValueError(f'{path} is not a safetensors file, or was cut ({e}); pickled checkpoints are not read') from e
+    try: meta = json.loads(said)
+    except (ValueError, RecursionError): meta = None
+    if not isinstance(meta, dict): raise ValueError(f'{path}: its metadata of relvit are no JSON object; something else has changed the file')
+    readable(meta, path, meta.get('version'))
+    return meta
 
-# %% ../nbs/34_checkpoint.ipynb #cfd629de
+# %% ../nbs/34_checkpoint.ipynb #4990c13b
 @dataclass
 class Report:
     "What became of the tensors of a file"
@@ -82,6 +170,14 @@ class Report:
     resized:list = field(default_factory=list) # positional embeddings
     left_out:dict = field(default_factory=dict) # name -> why
     missing:list = field(default_factory=list) # of the model, not in the file: they keep their initial values
+    lost:list = field(default_factory=list) # those of them that are learnt
+
+    @property
+    def gap(self):
+        "Which weights of the model are not in the file, in words"
+        if not self.lost: return ''
+        other = [f'{n} is {why}' for n, why in self.left_out.items() if why != 'no place for it']
+        return '; '.join(other[:2]) or f'it lacks {", ".join(self.lost[:3])}' + f' and {len(self.lost) - 3} more'*(len(self.lost) > 3)
 
     def __repr__(self):
         def some(names): return ', '.join(list(names)[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
@@ -91,7 +187,7 @@ class Report:
         if self.missing: lines.append(f'  not there {some(self.missing)}')
         return '\n'.join(lines)
 
-# %% ../nbs/34_checkpoint.ipynb #d0a04c12
+# %% ../nbs/34_checkpoint.ipynb #e5d5053e
 def _named_as(model, names):
     "The prefix that brings names of a file (RelViT's, an encoder's, timm's) to those of `model`"
     depth = 0 if any(n.startswith('encoder.') for n in names) else 1 if any(n.startswith('model.') for n in names) else 2
@@ -125,6 +221,10 @@ def load(path, # file of `save` or `export_timm`, or any safetensors file of the
                 report.resized.append(name)
             else: report.left_out[name] = f'{tuple(w.shape)}, wanted {tuple(mine[to].shape)}'
     report.taken, report.missing = list(new), [n for n in mine if n not in new]
+    learnt = dict(model.named_parameters())
+    report.lost = [n for n in report.missing if n in learnt]
+    if bad := [n for n, w in new.items() if n in learnt and not w.isfinite().all()]:
+        raise ValueError(f'{path} holds NaN or infinity among the numbers of {bad[0]}' + f' and {len(bad) - 1} more'*(len(bad) > 1) + ': its training went astray')
     if not any('model.' in n for n in new): raise ValueError(f'no weight of the encoder fits: {report!r}')
     model.load_state_dict({**mine, **new})
     if getattr(model, 'teacher', None) is not None and not any(n.startswith('teacher.') for n in new): model.start_teacher()
@@ -135,12 +235,17 @@ def _resized(model, w, meta):
     try: return _encoder(model).resized_positions(w, meta.get('grid'))
     except ValueError: return None
 
-# %% ../nbs/34_checkpoint.ipynb #135c81ac
+# %% ../nbs/34_checkpoint.ipynb #096b85f7
 def encoder_config(path # file of `save` or `export_timm`
                   ) -> dict: # {} for another's
     "The arguments of the `TokenEncoder` in a file"
     meta = read_meta(path)
-    if (meta.get('encoder') or {}).get('name'): return dict(meta['encoder'])
+    try: return _arguments(meta)
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(f'{path}: its metadata describe no encoder ({type(e).__name__}: {e})') from e
+
+def _arguments(meta):
+    "Of `save` or of `export_timm`"
+    if (meta.get('encoder') or {}).get('name'): return {k: v for k, v in meta['encoder'].items() if k != 'pretrained'} # the weights are here
     if not (args := dict(meta.get('timm') or {})): return {}
     cfg = args.pop('pretrained_cfg_overlay')
     for k in ('num_classes', 'global_pool', 'fc_norm'): args.pop(k, None)
@@ -156,11 +261,12 @@ def load_encoder(path, # file of `save` or `export_timm`
     config = encoder_config(path) | changes
     if not config.get('name'):
         raise ValueError(f'{path} does not say which timm model it holds; build the encoder and use load(path, encoder)')
-    encoder = TokenEncoder(config.pop('name'), **config)
-    load(path, encoder)
+    try: encoder = TokenEncoder(config.pop('name'), **config)
+    except (TypeError, ValueError) as e: raise ValueError(f'the encoder of {path} cannot be built: {e}') from e
+    if gap := load(path, encoder).gap: raise ValueError(f'{path} is not whole: {gap}')
     return encoder
 
-# %% ../nbs/34_checkpoint.ipynb #30c936cb
+# %% ../nbs/34_checkpoint.ipynb #6051c6e7
 @dataclass
 class Export:
     "A timm checkpoint and the arguments of `timm.create_model` that go with it"
@@ -174,7 +280,7 @@ class Export:
         return (f"timm.create_model({self.args['model_name']!r}, {args},\n"
                 f"                  checkpoint_path={str(self.path)!r})" + (f'\n# {self.note}' if self.note else ''))
 
-# %% ../nbs/34_checkpoint.ipynb #a327bd01
+# %% ../nbs/34_checkpoint.ipynb #446c39ab
 def _timm_head(model):
     "Weights, arguments and a note for the classifier of a RelViT, as far as timm has the like"
     task = getattr(model, 'tasks', {}) and model.tasks['labels'] if 'labels' in getattr(model, 'tasks', {}) else None

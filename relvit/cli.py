@@ -4,7 +4,7 @@
 
 # %% ../nbs/69_cli.ipynb #20072ad1
 from __future__ import annotations
-import argparse, difflib, json, os, platform, shutil, subprocess, sys, warnings
+import argparse, difflib, json, os, platform, re, shutil, subprocess, sys, warnings
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -114,7 +114,7 @@ def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|
         threshold: lowest score of a box
     """
     from functools import partial
-    from relvit.checkpoint import write_whole
+    from relvit.checkpoint import writable, write_whole
     from relvit.evaluation import predict
     if (mode := (run := _run(run)).config.get('mode')) == 'detect':
         from relvit.detection import detect_files
@@ -123,6 +123,7 @@ def _predict(run:Positional[Path], files:Positional[tuple[Path, ...]], out:Path|
         from relvit.segmentation import segment_files
         if out is not None and out.is_file(): raise ValueError(f'{out} is a file; maps are written into a folder')
         predict, out = partial(segment_files, out=out), out and out/'maps.csv'
+    if out is not None: writable(out.parent) # before the work
     table = predict(run, list(files), weights=weights)
     if out is None: print(table.to_csv(index=False), end='')
     else: write_whole(out, lambda f: table.to_csv(f, index=False))
@@ -366,9 +367,16 @@ def main(argv:list[str]=None) -> int: # exit code
     except BrokenPipeError: # who read along has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, TypeError) as e:
+    except (ValueError, OSError, ImportError, TypeError, FloatingPointError) as e: # the last is `NotFinite`
         if os.environ.get('RELVIT_DEBUG'): raise
-        print(f'relvit {name}: {str(e) or type(e).__name__}', file=sys.stderr)
+        said = re.sub(r'^Exception occured in `.*?` when calling event `\w+`:\s+', '', str(e)) # which fastai says first
+        print(f'relvit {name}: {said or type(e).__name__}', file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if os.environ.get('RELVIT_DEBUG') or not (isinstance(e, MemoryError) or 'allocate memory' in str(e) or 'out of memory' in str(e)): raise
+        wanted = re.search(r'allocate (\d+) bytes', str(e))
+        print(f'relvit {name}: there is not enough memory' + (f' for {int(wanted[1])/1e9:,.0f} GB' if wanted else '') +
+              '; a smaller --bs, --img-size or encoder takes less', file=sys.stderr)
         return 2
 
 # %% ../nbs/69_cli.ipynb #06aa6822

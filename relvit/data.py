@@ -10,6 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import chunked, patch
+from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import center_crop
 from .augment import random_flip, random_resized_crop, random_shift
@@ -79,10 +80,13 @@ class ImageLoader(DataLoader):
     def get_idxs(self):
         epoch, first = self.place
         if isinstance(self.dataset, Shards): return list(range(first*self.bs, self.steps*self.bs))
+        return self.order(epoch)[first*self.bs:].tolist()
+
+    def order(self, epoch) -> Tensor: # (N,)
+        "Indices of the images of a whole pass"
         rng, n = torch.Generator().manual_seed(seed_of(self.seed, epoch)), len(self.dataset)
         need = self.steps*self.bs if self.steps else n
-        passes = [torch.randperm(n, generator=rng) if self.shuffle else torch.arange(n) for _ in range(-(-need//n))]
-        return torch.cat(passes)[first*self.bs:need].tolist()
+        return torch.cat([torch.randperm(n, generator=rng) if self.shuffle else torch.arange(n) for _ in range(-(-need//n))])[:need]
 
     def create_batches(self, samps):
         if isinstance(self.dataset, Shards):
@@ -105,10 +109,20 @@ class ImageLoader(DataLoader):
     def after_batch(self, b):
         (x, *y), (epoch, i) = b, self.place
         self.place = epoch, i + 1
+        if isinstance(self.dataset, Shards): *y, self.names = y # which nobody could find again without reading all before them
         own = (self.rank,) if self.rank else () # shares of a batch are augmented by different numbers
         return self.augment(x, torch.Generator(x.device).manual_seed(seed_of(self.seed, epoch, i, *own))), *y
 
-# %% ../nbs/32_data.ipynb #ccbe1075
+# %% ../nbs/32_data.ipynb #0197007e
+@patch
+def last_names(self:ImageLoader) -> list[str]:
+    "Of our images in the batch that was given last: files, keys of shards, or data set and number"
+    if isinstance(self.dataset, Shards): return getattr(self, 'names', [])
+    epoch, i = self.place
+    idxs, name = self.order(epoch)[max(i - 1, 0)*self.bs:i*self.bs], getattr(self.dataset, 'name_of', 'image {}'.format)
+    return [name(k) for k in idxs[self.rank::self.world].tolist()]
+
+# %% ../nbs/32_data.ipynb #64639474
 def centre(x, size):
     "The middle of each image, as torchvision and timm cut it"
     return center_crop(x, [size, size])
@@ -159,7 +173,7 @@ def statistics(ds, most=4096 # images to look at
     x = ds.batch(torch.arange(0, len(ds), max(len(ds)//most, 1)))[0].float().div_(255).transpose(0, 1).flatten(1)
     return [round(v, 4) for v in x.mean(1).tolist()], [round(max(v, 1e-3), 4) for v in x.std(1).tolist()]
 
-# %% ../nbs/32_data.ipynb #64639474
+# %% ../nbs/32_data.ipynb #f3684f68
 @patch
 def show_batch(self:ImageLoader, max_n=8, size=1.3):
     "Draw the first images of a batch with their labels"
@@ -170,7 +184,7 @@ def show_batch(self:ImageLoader, max_n=8, size=1.3):
         show_image(img, ax, self.dataset.vocab[label] if label >= 0 else '?')
     return fig
 
-# %% ../nbs/32_data.ipynb #f3684f68
+# %% ../nbs/32_data.ipynb #32d6398b
 def make_dls(s:Splits, # of `open_data`
              bs=64, labels:int=None, # labelled images of each class to train on; all images if None
              labelled=False, # train on images with a known label only
@@ -188,6 +202,7 @@ def make_dls(s:Splits, # of `open_data`
     elif labels: train = few_labels(train, labels, seed)
     elif labelled:
         if not train.labelled: raise ValueError(f'no image of {train.name} has a label; pretraining needs none, this does')
+        if len(train.vocab) == 1: raise ValueError(f'{train.name} has only one class, {train.vocab[0]}, and nothing to tell apart; a folder for each class, or a table of labels, says more')
         if train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])
     move = partial(random_shift, pad=s.pad) if s.crop == 'shift' else partial(random_resized_crop, size=s.img_size, scale=scale)
     augment = [*([] if whole else [move]*(s.crop != 'shift' or s.pad > 0) + [random_flip]*s.flip), *extra]
@@ -195,7 +210,7 @@ def make_dls(s:Splits, # of `open_data`
     dls.splits = s
     return dls
 
-# %% ../nbs/32_data.ipynb #eb1202ec
+# %% ../nbs/32_data.ipynb #aa045fcf
 def digits_dls(size=16, # pixels of a side
                bs=64, labels:int=None, # labelled images of each class to train on; all of them if None
                valid=.2, # share of the training set to choose on
@@ -208,7 +223,7 @@ def digits_dls(size=16, # pixels of a side
     s.pad = shift
     return make_dls(s, bs, labels, steps=steps, seed=seed, device=device, num_workers=num_workers, whole=whole)
 
-# %% ../nbs/32_data.ipynb #75c739fa
+# %% ../nbs/32_data.ipynb #06c97934
 def cifar10_dls(root, # folder that holds `cifar-10-batches-py`
                 bs=256, labels:int=None, # labelled images of each class to train on; all if None
                 valid=.1, seed=0, steps:int=None, device=None, whole=False # see `make_dls`
@@ -216,7 +231,7 @@ def cifar10_dls(root, # folder that holds `cifar-10-batches-py`
     "CIFAR-10 with the paper's augmentation"
     return make_dls(open_data('cifar10', root, valid=valid, seed=seed), bs, labels, steps=steps, seed=seed, device=device, whole=whole)
 
-# %% ../nbs/32_data.ipynb #bd5be559
+# %% ../nbs/32_data.ipynb #b14d8701
 def folder_dls(path, size=224, bs=64, valid=.2, # share held out, where no folder says it
                seed=0, labels:int=None, # labelled images of each class to train on; all if None
                flip=True, # False where a mirrored image is another class

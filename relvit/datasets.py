@@ -6,11 +6,11 @@
 from __future__ import annotations
 import difflib, torch, warnings
 from dataclasses import dataclass, field
-from fastai.data.transforms import get_image_files
 from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
-from .images import Images, ImageFiles, StoredImages, hub_images, image_files, only_readable, split, table_files
+from pickle import UnpicklingError
+from .images import Images, ImageFiles, StoredImages, files_below, hub_images, image_files, only_readable, split, table_files
 from .shards import Shards, held_out
 
 # %% auto #0
@@ -157,14 +157,20 @@ _add('cifar10', partial(_cifar, 'CIFAR10'), 32, stored=True, test='its 10,000 te
 _add('cifar100', partial(_cifar, 'CIFAR100'), 32, stored=True, test='its 10,000 test images', sizes={
     32: (4, *_stats('.5071 .4866 .4409', '.2673 .2564 .2761')), 224: (32, *_stats('.5070 .4865 .4409', '.2622 .2513 .2714'))})
 
-def _svhn(root, side, download):
+def _matlab(path, *keys):
+    "Arrays of a MATLAB file. Raises ValueError for what is none, or lacks them"
     from scipy.io import loadmat
+    try: return [m[k] for m in [loadmat(path)] for k in keys]
+    except FileNotFoundError: raise
+    except Exception as e: raise ValueError(f'{path} is no MATLAB file with {" and ".join(keys)}: {type(e).__name__} {e}') from e
+
+def _svhn(root, side, download):
     if download: _download('SVHN', root, ('train', 'test'))
     out = {}
     for part in ('train', 'test'):
-        m = loadmat(_place(root, f'{part}_32x32.mat'))
-        y = torch.from_numpy(m['y'].astype('int64')).flatten() % 10 # class 10 is the digit 0
-        out[part] = Images(torch.from_numpy(m['X']).permute(3, 2, 0, 1).contiguous(), y, list('0123456789'), 'SVHN')
+        x, y = _matlab(_place(root, f'{part}_32x32.mat'), 'X', 'y')
+        y = torch.from_numpy(y.astype('int64')).flatten() % 10 # class 10 is the digit 0
+        out[part] = Images(torch.from_numpy(x).permute(3, 2, 0, 1).contiguous(), y, list('0123456789'), 'SVHN')
     return out
 
 _add('svhn', _svhn, 32, stored=True, flip=False, test='its test digits', sizes={
@@ -176,12 +182,13 @@ def _download(kind, root, splits, **kwargs):
     import torchvision.datasets as tv
     try:
         for s in splits: getattr(tv, kind)(root, split=s, download=True, **kwargs)
-    except OSError as e: raise OSError(f'{kind} could not be downloaded to {root}: {e}') from e
+    except (OSError, RuntimeError) as e: raise OSError(f'{kind} could not be downloaded to {root}: {e}') from e
 
 def _tiny(root, side, download):
     if download:
         from torchvision.datasets.utils import download_and_extract_archive
-        download_and_extract_archive('http://cs231n.stanford.edu/tiny-imagenet-200.zip', root, md5='90528d7ca1a48142e341f4ef8d21d0de')
+        try: download_and_extract_archive('http://cs231n.stanford.edu/tiny-imagenet-200.zip', root, md5='90528d7ca1a48142e341f4ef8d21d0de')
+        except (OSError, RuntimeError) as e: raise OSError(f'Tiny-ImageNet could not be downloaded to {root}: {e}') from e
     root = _place(root, 'tiny-imagenet-200')
     train = image_files(root/'train', side)
     said = dict(line.split('\t')[:2] for line in (root/'val/val_annotations.txt').read_text().splitlines())
@@ -194,13 +201,13 @@ _add('tiny_imagenet', _tiny, 64, stored=True, test='its labelled validation imag
     64: (8, *_stats('.4802 .4481 .3975', '.2770 .2691 .2821')), 224: (32, *_stats('.4805 .4484 .3978', '.2667 .2584 .2722'))})
 
 def _flowers(root, side, download):
-    from scipy.io import loadmat
     if download: _download('Flowers102', root, ('train',))
     root = _place(root, 'flowers-102')
-    y, ids = loadmat(root/'imagelabels.mat')['labels'][0].astype(int) - 1, loadmat(root/'setid.mat')
+    (y,), keys = _matlab(root/'imagelabels.mat', 'labels'), dict(train='trnid', valid='valid', test='tstid')
+    y, ids = y[0].astype(int) - 1, dict(zip(keys, _matlab(root/'setid.mat', *keys.values())))
     vocab = [str(k + 1) for k in range(102)]
     files = lambda i: ImageFiles([root/f'jpg/image_{n:05d}.jpg' for n in i], y[i - 1], vocab, side, 'Flowers-102')
-    return {part: files(ids[key][0].astype(int)) for part, key in dict(train='trnid', valid='valid', test='tstid').items()}
+    return {part: files(i[0].astype(int)) for part, i in ids.items()}
 
 _add('flowers102', _flowers, 224, test='its test images', valid='its validation images', sizes={224: (32, None, None),
     56: (8, *_stats('.5136 .4163 .3426', '.2887 .2414 .2831')), 112: (16, *_stats('.5115 .4160 .3410', '.2951 .2488 .2882'))})
@@ -237,7 +244,9 @@ def _folders(name, root, side, train='train', test='val', vocab=None):
 def _imagenet(root, side, download):
     if not (Path(root or '.')/'train').is_dir() and list(Path(root or '.').glob('ILSVRC2012*')):
         from torchvision.datasets import ImageNet
-        for part in ('train', 'val'): ImageNet(root, part) # unpacks the official archives
+        try:
+            for part in ('train', 'val'): ImageNet(root, part) # unpacks the official archives
+        except (RuntimeError, UnpicklingError) as e: raise ValueError(f'{root} does not hold the official archives of ImageNet: {str(e).splitlines()[0]}') from e
     return _folders('ImageNet-1k', root, side)
 
 def _imagenet100(root, side, download, classes=None):
@@ -318,7 +327,7 @@ def _of_folder(path, clean, size, valid, seed, channels, labels, columns):
     said = {'trained on': of, 'chosen on': f'held out of {of}, seed {seed}'}
     if labels:
         listed = table_files(labels, side, path, *(columns or (None, None)), channels)
-        unlisted = len({p.resolve() for p in get_image_files(path)} - {p.resolve() for p in listed.files})
+        unlisted = len({p.resolve() for p in files_below(path)} - {p.resolve() for p in listed.files})
         of = f'what {Path(labels).name} lists' + (f' ({unlisted} images of {path.name} are not in it)' if unlisted else '')
         rest, held = split(clean(listed), valid, seed)
         return Splits(rest, held, said={'trained on': of, 'chosen on': f'held out of what {Path(labels).name} lists, seed {seed}'})
@@ -343,7 +352,8 @@ def _of_hub(name, clean, size, valid, seed, channels):
     "A Hugging Face data set by name, or by the folder that `save_to_disk` wrote. Raises ImportError without `datasets`"
     try: import datasets
     except ImportError as e: raise ImportError(f"{name} needs Hugging Face's package: pip install 'relvit[hub]'") from e
-    ds = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    own = dict(trust_remote_code=False) if int(datasets.__version__.split('.')[0]) < 4 else {} # later ones run no code of a data set
+    ds = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, **own)
     if not isinstance(ds, dict): ds = dict(train=ds)
     read = partial(hub_images, side=round(size*8/7), channels=channels)
     train = clean(read(ds['train']))
@@ -403,6 +413,7 @@ def open_data(data, # name of a known data set, folder, pattern of .tar shards, 
     return s
 
 def _unknown(data):
+    if Path(data).is_file(): return ValueError(f'{data} is a file, where a folder of images is wanted')
     if Path(data).is_absolute() or len(Path(data).parts) > 1: return ValueError(f'there is no folder {data}')
     near = difflib.get_close_matches(str(data), DATASETS, 1, .7)
     hint = f'did you mean {near[0]!r}?' if near else f'known are {", ".join(DATASETS)}'

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import center_crop
 from typing import Literal
 from .augment import random_resized_crop
 from .boxes import BoxSplits, box_dls, open_boxes, show_boxes, stored_image
-from .callbacks import AutoCast, AverageWeights, LeakWarning, PatchRelations, task_metrics
+from .callbacks import AutoCast, AverageWeights, FiniteLosses, LeakWarning, PatchRelations, task_metrics
 from .checkpoint import encoder_config, load
 from .detect import Detector
 from .evaluation import Evaluation, image_paths, keep_evaluation, validated
@@ -126,7 +126,7 @@ def detect_learner(dls, # of `box_dls`
     joint = [*patch_callbacks(encoder, mega, augment, permute, recipe), PatchRelations(), LeakWarning(), RejoinBoxes()] if tasks else []
     metrics = [BoxMetric(k) for k in ('map', 'map50', 'map75', *(['mask_map'] if masks else []))]
     learn = BoxLearner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=metrics + task_metrics(model), path=path,
-                       cbs=[GiveBoxes(), *joint, MeasureBoxes(masks), *([AutoCast()] if amp else []),
+                       cbs=[GiveBoxes(), *joint, MeasureBoxes(masks), FiniteLosses(), *([AutoCast()] if amp else []),
                             *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)], **optimised(recipe))
     learn.recipe = recipe
     return learn

@@ -4,7 +4,7 @@
 
 # %% ../nbs/56_detection_widgets.ipynb #983e0185
 from __future__ import annotations
-import ipywidgets as W, numpy as np, torch
+import numpy as np, torch
 from pathlib import Path
 from fastcore.basics import patch
 from matplotlib.colors import to_rgb
@@ -17,7 +17,7 @@ from .precision import _read, average_precision, match, pr_curve
 from .runs import Run
 from .tasks import RelViT
 from .tokens import TokenEncoder
-from .widgets import Explorer, _choice
+from .widgets import Explorer, W, _choice
 
 # %% auto #0
 __all__ = ['LOOKS', 'SHOWN', 'counts', 'words', 'draw_detections', 'as_detector', 'as_pairs', 'DetectionExplorer']

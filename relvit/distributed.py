@@ -14,17 +14,19 @@ from .tasks import bare
 # %% auto #0
 __all__ = ['Distributed', 'together', 'join', 'same_for_all']
 
-# %% ../nbs/37_distributed.ipynb #b01927dc
-try: from fastai.distributed import DistributedTrainer
-except (ImportError, NameError): DistributedTrainer = None # without accelerate
-
-# %% ../nbs/37_distributed.ipynb #bde6ed06
-class Distributed(DistributedTrainer or Callback):
+# %% ../nbs/37_distributed.ipynb #e619be8c
+class Distributed(Callback): # and a DistributedTrainer
     """Shares each batch of `learn.dls.train` out to the processes. Wraps `learn.model` while it trains; sets `learn.loss` and the
     model's `scores` to their means over all processes; reads `learn.record_run.heard` and sets its `stop`, so that all stop
     after the same step. Raises ValueError for a batch that cannot be shared equally, ImportError without accelerate"""
+    def __new__(cls, *args, **kwargs): # fastai's part comes in here: accelerate is an extra, and slow to import
+        try:
+            from accelerate import Accelerator # noqa: F401 fastai.distributed would fail with a NameError
+            from fastai.distributed import DistributedTrainer
+        except ImportError as e: raise ImportError("training on several devices needs accelerate: pip install 'relvit[distributed]'") from e
+        return super().__new__(cls if issubclass(cls, DistributedTrainer) else type(cls.__name__, (cls, DistributedTrainer), {}))
+
     def __init__(self, cpu=not torch.cuda.is_available(), **kwargs): # for `accelerate.Accelerator`
-        if DistributedTrainer is None: raise ImportError("training on several devices needs accelerate: pip install 'relvit[distributed]'")
         from accelerate import DistributedDataParallelKwargs
         unused = DistributedDataParallelKwargs(find_unused_parameters=True) # positions have no gradient while they are off
         # on GPUs the batch norms of MoCo's, MoBY's and SERE's heads see the whole batch; gloo cannot do that
@@ -52,7 +54,7 @@ class Distributed(DistributedTrainer or Callback):
 
     def __repr__(self): return f'Distributed({num_distrib() or 1} processes)'
 
-# %% ../nbs/37_distributed.ipynb #ae943f2b
+# %% ../nbs/37_distributed.ipynb #bde6ed06
 def together() -> dict: # rank, world; {} for a process of its own
     "What `torchrun` or `accelerate launch` says to this process"
     return dict(rank=rank_distrib(), world=num_distrib()) if num_distrib() > 1 else {}

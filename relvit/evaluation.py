@@ -4,14 +4,13 @@
 
 # %% ../nbs/46_evaluation.ipynb #fc326e1d
 from __future__ import annotations
-import json, torch, pandas as pd
+import json, warnings, torch, pandas as pd
 from dataclasses import dataclass
-from fastai.data.transforms import get_image_files
 from pathlib import Path
 from torch.nn.functional import interpolate
-from .checkpoint import load, load_encoder, write_whole
+from .checkpoint import Unwritten, load, load_encoder, write_whole
 from .data import centre
-from .images import Images, Unreadable, read_image
+from .images import Images, Unreadable, files_below, read_image
 from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
@@ -88,7 +87,7 @@ def evaluate(run, # `Run` or its folder
     path = getattr(run, weights)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
     learn = make_learner(c if usable(c.device) else c.but(device=None), open_config_data(c), load_encoder(path), recipe_of(run))
-    load(path, learn)
+    if gap := load(path, learn).gap: raise ValueError(f'{path} is not what this run trained: {gap}')
     dl = learn.dls.test if part == 'test' else learn.dls.valid
     if dl is None: raise ValueError(f'{run.data["name"]} has no test set; the part that the run chose on is called valid')
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
@@ -134,9 +133,10 @@ def validated(run, part, weights, # see `evaluate`
     said = run.data['parts']['reported on' if part == 'test' else 'chosen on']['said']
     return run, learn, dl, told, f'{said} ({weights} epoch)'
 
-def keep_evaluation(e:Evaluation, part, weights) -> Path:
-    "Write what a run is worth into its folder"
-    return write_whole(Path(e.run)/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+def keep_evaluation(e:Evaluation, part, weights) -> Path|None:
+    "Write what a run is worth into its folder; warns where that takes no file, for what took long to find out is told all the same"
+    try: return write_whole(Path(e.run)/f'evaluation-{part}-{weights}.json', lambda f: Path(f).write_text(json.dumps(e.asdict(), indent=1)))
+    except Unwritten as why: warnings.warn(f'told, but not kept: {why}')
 
 # %% ../nbs/46_evaluation.ipynb #199af8f6
 def image_paths(files # a path, or several, of images and of folders of them
@@ -144,7 +144,7 @@ def image_paths(files # a path, or several, of images and of folders of them
     "All images that are meant. Raises FileNotFoundError for what is not there, ValueError where there is none"
     named = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     if gone := [str(f) for f in named if not f.exists()]: raise FileNotFoundError(f'not there: {", ".join(gone[:5])}')
-    files = [f for n in named for f in (sorted(get_image_files(n)) if n.is_dir() else [n])]
+    files = [f for n in named for f in (files_below(n) if n.is_dir() else [n])]
     if not files: raise ValueError('there are no images to look at')
     return files
 

@@ -5,7 +5,6 @@
 # %% ../nbs/53_features.ipynb #95953e9e
 from __future__ import annotations
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import normalize
 from .plots import as_image, plt, show_field, show_image
@@ -31,6 +30,7 @@ def pca_colours(tokens:Tensor # (b,n,d)
     "The first three principal components over all patches, each between its 1st and its 99th percentile"
     flat = tokens.flatten(0, 1)
     if min(flat.shape) < 3: raise ValueError(f'three components need at least three patches of three numbers, not {tuple(flat.shape)}')
+    from sklearn.decomposition import PCA
     parts = torch.from_numpy(PCA(3, svd_solver='full').fit_transform(flat.numpy().astype('float64')))
     lo, hi = parts.quantile(.01, 0), parts.quantile(.99, 0)
     return ((parts - lo)/(hi - lo).clamp(min=1e-12)).clamp(0, 1).float().reshape(*tokens.shape[:2], 3)
@@ -89,6 +89,7 @@ def filter_components(encoder:TokenEncoder, most=28) -> Tensor: # (k,c,ph,pw)
     "Principal components of the patch embedding, strongest first. Raises ValueError for a backbone without"
     proj = getattr(getattr(encoder.model, 'patch_embed', None), 'proj', None)
     if proj is None: raise ValueError(f'{encoder.config["name"]} has no patch embedding to look at')
+    from sklearn.decomposition import PCA
     w = proj.weight.detach().float().cpu()
     pixels = w.flatten(1).T.numpy() # (c*ph*pw, d)
     return torch.from_numpy(PCA(min(most, *pixels.shape), svd_solver='full').fit_transform(pixels)).T.reshape(-1, *w.shape[1:])

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_images.ipynb #be8d756a
 from __future__ import annotations
-import copy, math, os, warnings, numpy as np, torch
+import copy, math, os, re, struct, warnings, zlib, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from fastcore.basics import patch
@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['Unreadable', 'as_rgb', 'read_image', 'stored_kind', 'stored_image', 'stored_size', 'Images', 'ImageFiles',
-           'find_unreadable', 'only_readable', 'image_files', 'table_files', 'HubImages', 'hub_images', 'split',
-           'few_labels', 'StoredImages', 'looked_at', 'hold_out', 'pixel_statistics']
+__all__ = ['BROKEN', 'Unreadable', 'as_rgb', 'read_image', 'stored_kind', 'stored_image', 'stored_size', 'Images', 'ImageFiles',
+           'find_unreadable', 'only_readable', 'below', 'files_below', 'image_files', 'table_files', 'HubImages',
+           'hub_images', 'split', 'few_labels', 'StoredImages', 'looked_at', 'hold_out', 'pixel_statistics']
 
 # %% ../nbs/04_images.ipynb #644bba55
 class Unreadable(ValueError):
@@ -30,6 +30,7 @@ def as_rgb(im, # PIL image
     if im.mode[0] in 'IF':
         x = np.asarray(im, dtype=np.float64)
         top = 65535 if im.mode[0] == 'I' else 1
+        if np.isnan(x).any(): raise ValueError(f'{np.isnan(x).sum()} of its pixels are not a number')
         if x.min() < 0 or x.max() > top: raise ValueError(f'pixels from {x.min():g} to {x.max():g}, not 0 to {top}')
         im = Image.fromarray((x*(255/top)).round().astype(np.uint8))
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
@@ -38,19 +39,28 @@ def as_rgb(im, # PIL image
     if im.mode == 'LAB': im = im.convert('RGB') # which PIL cannot turn grey
     return im.convert('RGB' if channels == 3 else 'L')
 
+def _why(e):
+    "What a person can do something about, of what PIL says"
+    from PIL import Image, UnidentifiedImageError
+    if isinstance(e, UnidentifiedImageError): return 'this is no image, or of a kind that PIL does not know'
+    if isinstance(e, Image.DecompressionBombError):
+        found = re.search(r'\((\d+) pixels\)', str(e))
+        return f'it claims {int(found[1]):,} pixels, as decompression bombs do; an image that is so large has to be made smaller' if found else str(e)
+    return getattr(e, 'strerror', None) or str(e) or type(e).__name__
+
+BROKEN = OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error, zlib.error # what PIL raises for broken files, beside its own
+
 def read_image(source, # path, open file or PIL image
                side:int, # pixels of the shorter side, then the middle square
                channels=3) -> Tensor: # (c,side,side) uint8
     "An image upright, scaled and squared. Raises `Unreadable` for what is no image"
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as im:
             if im is not source: im.draft(None, (side, side)) # a large JPEG is decoded at a fraction of its size
             im = ImageOps.fit(as_rgb(im, channels), (side, side), method=Image.Resampling.BICUBIC)
     except FileNotFoundError: raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        why = 'this is no image, or of a kind that PIL does not know' if isinstance(e, UnidentifiedImageError) else str(e)
-        raise Unreadable(f'{source} cannot be read as an image: {why}', why) from e
+    except (*BROKEN, Image.DecompressionBombError) as e: raise Unreadable(f'{source} cannot be read as an image: {_why(e)}', _why(e)) from e
     return torch.from_numpy(np.array(im)).reshape(side, side, channels).permute(2, 0, 1)
 
 # %% ../nbs/04_images.ipynb #4fe2d85f
@@ -63,13 +73,11 @@ def stored_kind(im # PIL image
 
 def _opened(path, f):
     "What `f` makes of an open file. Raises `Unreadable` for what is no image, FileNotFoundError"
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     try:
         with Image.open(path) as im: return f(im)
     except FileNotFoundError: raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        why = 'this is no image, or of a kind that PIL does not know' if isinstance(e, UnidentifiedImageError) else str(e)
-        raise Unreadable(f'{path} cannot be read as an image: {why}', why) from e
+    except (*BROKEN, Image.DecompressionBombError) as e: raise Unreadable(f'{path} cannot be read as an image: {_why(e)}', _why(e)) from e
 
 def stored_image(path) -> tuple[Tensor, str]: # (3,H,W) uint8; see `stored_kind`
     "A file's pixels in colour, not turned by EXIF. Raises `Unreadable` for what is no image, FileNotFoundError"
@@ -91,17 +99,21 @@ class Images:
     def __init__(self, x:Tensor, # (N,c,H,W) uint8
                  y:Tensor=None, # (N,) int64, -1 = unknown; all unknown if None
                  vocab=(), # names of the classes
-                 name='images'):
+                 name='images', names=None): # names: what each image is called; its number if None
         if x.ndim != 4 or x.dtype != torch.uint8:
             raise ValueError(f'images are uint8 of shape (N,c,H,W), not {x.dtype} {tuple(x.shape)}')
         y = torch.full((len(x),), -1) if y is None else torch.as_tensor(y).long()
         if len(x) != len(y): raise ValueError(f'{len(x)} images but {len(y)} labels')
         self.x, self.y, self.vocab, self.name, self.skipped = x, y, list(vocab), name, {}
+        self.names = range(len(y)) if names is None else names
 
     def __len__(self): return len(self.y)
     def __getitem__(self, i): return self.x[i], self.y[i]
     def batch(self, idxs): return self.x[idxs], self.y[idxs]
-    def subset(self, idxs): return Images(self.x[idxs], self.y[idxs], self.vocab, self.name)
+    def subset(self, idxs):
+        names = [self.names[i] for i in torch.arange(len(self))[idxs].tolist()]
+        return Images(self.x[idxs], self.y[idxs], self.vocab, self.name, names)
+    def name_of(self, i): return f'{self.name} {n}' if isinstance(n := self.names[i], int) else n # its number where it was first
     def load(self): return self
     @property
     def shape(self): return tuple(self.x.shape[1:])
@@ -141,7 +153,7 @@ class ImageFiles(Images):
     def load(self):
         "All of it decoded, in memory"
         x = _threads(self.read, len(self), f'reading {self.name}')
-        new = Images(torch.stack(x), self.y, self.vocab, self.name)
+        new = Images(torch.stack(x), self.y, self.vocab, self.name, [self.name_of(i) for i in range(len(self))])
         new.skipped = self.skipped
         return new
 
@@ -171,16 +183,41 @@ def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a nu
     return good
 
 # %% ../nbs/04_images.ipynb #16ed0c17
+def below(root, name, # of a file, as some text names it
+          of, # that text, for what is said of it
+          absolute=False # may it be an absolute path to anywhere?
+         ) -> Path:
+    "A file that data names. Raises ValueError for one outside of `root`, links as they are written"
+    base, name = os.path.abspath(root), str(name)
+    if '\0' in name: raise ValueError(f'{of} names {name!r}, which no file is called')
+    if absolute and os.path.isabs(name): return Path(name)
+    if os.path.commonpath([base, os.path.abspath(os.path.join(base, name))]) != base:
+        raise ValueError(f'{of} names {name}, which lies outside of {root}')
+    return Path(root)/name
+
+def files_below(path) -> list[Path]: # sorted
+    "All images in a folder and the folders in it, hidden ones left out. Links are followed, but not back to where they are"
+    from fastai.data.transforms import image_extensions
+    def walk(at, above=()):
+        if (real := os.path.realpath(at)) in above: return
+        with os.scandir(at) as entries:
+            for e in entries:
+                if e.name[0] == '.': continue
+                if e.is_dir(): yield from walk(e.path, (*above, real))
+                elif Path(e.name).suffix.lower() in image_extensions and (e.is_file() or e.is_symlink()): yield Path(e.path)
+    return sorted(walk(path))
+
 def image_files(path, # folder
                 side:int, # pixels of the shorter side
                 channels=3, vocab=None # names of the classes, if others are to be kept out
                ) -> ImageFiles:
     "All images of a folder; the first folder below it is the class. Raises ValueError where there are none"
-    from fastai.data.transforms import get_image_files
     path = Path(path)
-    paths = sorted(get_image_files(path)) if path.is_dir() else []
-    if not paths: raise ValueError(f'there is no image in {path}')
+    paths = files_below(path) if path.is_dir() else []
+    if not paths: raise ValueError(f'there is no image in {path}: no file that ends like .jpg or .png')
     folder = lambda f: f.relative_to(path).parts[0] if len(f.relative_to(path).parts) > 1 else None
+    if vocab is None and (empty := sorted({d.name for d in path.iterdir() if d.is_dir() and d.name[0] != '.'} - {folder(f) for f in paths})):
+        warnings.warn(f'{path} has no image in its folder{"s"*(len(empty) > 1)} {", ".join(empty[:5])}, so no class of that name')
     return _named(paths, [folder(f) for f in paths], side, path.name, channels, vocab)
 
 def _named(paths, names, side, name, channels, vocab):
@@ -200,7 +237,7 @@ def table_files(table, # CSV file
         if c is not None and c not in df: raise ValueError(f'{table} has no column {c!r}; there are {", ".join(df.columns)}')
     if (root/file).is_file(): raise ValueError(f'{table} must begin with a line of headings, like file,label; it begins with {file}')
     if df[file].isna().any(): raise ValueError(f'line {df.index[df[file].isna()][0] + 2} of {table} has no {file}')
-    paths = [root/f for f in df[file]]
+    paths = [below(root, f, table, absolute=True) for f in df[file]]
     gone = [p for p in paths if not p.is_file()]
     if gone: raise ValueError(f'{len(gone)} of {len(paths)} files in column {file!r} of {table} are not there, such as {gone[0]}')
     df[file] = df[file].map(os.path.normpath) # 0.png is ./0.png
@@ -208,7 +245,7 @@ def table_files(table, # CSV file
     if len(twice):
         said = twice[twice[file] == twice[file].iloc[0]][:2]
         labels = f', as {" and as ".join(dict.fromkeys(map(str, said[label])))}' if label else ''
-        raise ValueError(f'{twice[file].nunique()} files are in {table} more than once: {file} {said[file].iloc[0]} in lines '
+        raise ValueError(f'{twice[file].nunique()} of the files in {table} are there more than once: {file} {said[file].iloc[0]} in lines '
                          f'{" and ".join(str(i + 2) for i in said.index)}{labels}')
     names = [None if missing else v for v, missing in zip(df[label], df[label].isna())] if label else [None]*len(paths)
     return _named(paths, names, side, Path(table).stem, channels, vocab)
@@ -218,7 +255,11 @@ def _table(path):
     import pandas as pd
     try: df = pd.read_csv(path, dtype=str, skipinitialspace=True, skip_blank_lines=False, keep_default_na=False, na_values=[''])
     except FileNotFoundError: raise FileNotFoundError(f'there is no table of labels {path}') from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{path} is no CSV: {e}') from e
+    except pd.errors.EmptyDataError as e: raise ValueError(f'{path} is empty: it must begin with a line of headings, like file,label') from e
+    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8: save it as CSV in UTF-8 ({e})') from e
+    except ValueError as e: raise ValueError(f'{path} is no CSV: {str(e).strip()}') from e
+    if len(df.columns) == 1 and (other := [k for k in ';\t|' if k in df.columns[0]]):
+        raise ValueError(f'the columns of {path} are separated by {other[0]!r}: save it with commas, like file,label')
     df = df.dropna(how='all') # blank lines count, for the number of a line, and are no rows
     if not len(df): raise ValueError(f'{path} has no line below its headings')
     return df
@@ -264,7 +305,7 @@ def split(ds, # `Images` or `ImageFiles`
           seed=0) -> tuple: # (rest, held out)
     "Hold out a part, class by class. Raises ValueError where one of the two would be empty"
     if not 0 < round(share if share > 1 else len(ds)*share) < len(ds):
-        raise ValueError(f'{share if share > 1 else f"{share:.2%}"} of {len(ds)} images cannot be held out: {"none would be" if share <= 1 and len(ds)*share < 1 else "none would be left"}')
+        raise ValueError(f'{share if share > 1 else f"{share:.2%}"} of {len(ds)} images cannot be held out: {"none would be" if share <= 1 and len(ds)*share < 1 else "none would be left"}; it takes more images, or another share')
     groups, share = _by_class(ds.y, seed), share/len(ds) if share > 1 else share
     exact = torch.tensor([len(g)*share for g in groups], dtype=torch.float64)
     counts = exact.floor().long()

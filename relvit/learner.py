@@ -15,7 +15,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .augment import ImageAugment, PatchAugment, parse_augment
-from .callbacks import (Accumulate, AugmentImages, AugmentPatches, AutoCast, AverageWeights, ClipEach, LeakWarning, MakeViews,
+from .callbacks import (Accumulate, AugmentImages, AugmentPatches, AutoCast, AverageWeights, ClipEach, FiniteLosses, LeakWarning, MakeViews,
                               MegaPatches, MixImages, MoveTeacher, PatchRelations, PermutePatches, task_metrics)
 from .patches import pair
 from .recipes import get_recipe
@@ -118,7 +118,7 @@ def _view_callbacks(model, recipe, dls):
 def _learner(dls, model, recipe, amp, cbs, **kwargs):
     "A Learner over `RelViT`: AdamW of the recipe, a table with every task"
     own = lambda cb: any(isinstance(c, type(cb)) for c in L(cbs)) # given by hand
-    cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if not own(cb)], PatchRelations(), LeakWarning(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
+    cbs = [*[cb for cb in _view_callbacks(model, recipe, dls) if not own(cb)], PatchRelations(), LeakWarning(), FiniteLosses(), *([AutoCast()] if amp else []), *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)]
     if 'labels' in model.tasks: cbs += _label_callbacks(recipe, dls)
     learn = Learner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=task_metrics(model), cbs=cbs,
                     **optimised(recipe), **kwargs)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/55_method_widgets.ipynb #60c2091e
 from __future__ import annotations
-import copy, ipywidgets as W, torch
+import copy, torch
 from dataclasses import replace
 from pathlib import Path
 from PIL import Image
@@ -21,7 +21,7 @@ from .selfpatch import SelfPatch, neighbours, positives, show_positives, similar
 from .sere import (ChannelRelation, PixelRelation, RelationHead, as_map, channel_relation, pixel_relation, query_at,
                          relation_difference, show_self_relations)
 from .views import MultiCrop, sampling_grids
-from .widgets import Explorer, _axes, _choice, _hidden, _pixels, as_images, as_model
+from .widgets import Explorer, W, _axes, _choice, _hidden, _pixels, as_images, as_model
 
 # %% auto #0
 __all__ = ['networks', 'ranked', 'draw_positives', 'PositivesExplorer', 'likeness', 'as_photos', 'SelfRelationExplorer']

@@ -14,9 +14,10 @@ __all__ = ['pair', 'grid_of', 'to_patches', 'from_patches', 'random_perms', 'inv
 # %% ../nbs/01_patches.ipynb #2a76ea07
 def pair(p # one number for both axes, or (rows, columns)
         ) -> tuple[int, int]:
-    "(p,p) of an int, (a,b) of a pair"
-    a, b = (p, p) if isinstance(p, int) else p
-    return int(a), int(b)
+    "(p,p) of an int, (a,b) of a pair. Raises ValueError for anything else"
+    try: a, b = (q.__index__() for q in (p if hasattr(p, '__len__') else (p, p)))
+    except (AttributeError, TypeError, ValueError): raise ValueError(f'a whole number is wanted, or two of them (rows, columns), not {p!r}') from None
+    return a, b
 
 def grid_of(size, # (H,W) pixels, or a batch (b,c,H,W)
             p # side of a patch in pixels, int or (ph,pw)
@@ -39,8 +40,8 @@ def from_patches(patches:Tensor, # (b,n,c,ph,pw)
                  grid # (h,w) patches down and across
                 ) -> Tensor: # (b,c,h*ph,w*pw)
     "Join what `to_patches` cut, exactly. Raises ValueError where the grid does not hold n patches"
-    h, w = grid
-    if h*w != patches.shape[1]: raise ValueError(f'a grid of {h} x {w} does not hold {patches.shape[1]} patches')
+    h, w = pair(grid)
+    if h < 1 or h*w != patches.shape[1]: raise ValueError(f'a grid of {h} x {w} does not hold {patches.shape[1]} patches')
     return patches.unflatten(1, (h, w)).permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(2, 3)
 
 # %% ../nbs/01_patches.ipynb #12284a51

@@ -113,7 +113,9 @@ class Recipe:
             if (v := getattr(self, k)) not in allowed: raise ValueError(f"{k} is {' or '.join(map(repr, allowed))}, not {v!r}")
         for what, holds, names in RANGES:
             for k in names.split():
-                if not holds(v := getattr(self, k)): raise ValueError(f'{k} must be {what}, not {v}')
+                try: fine = holds(v := getattr(self, k))
+                except TypeError: fine = False # a text, of a file that was changed
+                if not fine: raise ValueError(f'{k} must be {what}, not {v}')
         if len(self.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in self.betas):
             raise ValueError(f'betas must be two numbers from 0 to below 1, not {self.betas}')
 
@@ -125,7 +127,9 @@ class Recipe:
     def but(self, **changes): return replace(self, **changes)
     def asdict(self): return asdict(self)
     @classmethod
-    def of(cls, values:dict): return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    def of(cls, values:dict):
+        if odd := set(values) - {f.name for f in fields(cls)}: raise ValueError(f'a recipe has no {sorted(odd)[0]!r}')
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 # %% ../nbs/30_recipes.ipynb #bd30abbd
 def _changes(r):

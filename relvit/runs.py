@@ -7,12 +7,13 @@ from __future__ import annotations
 import json, math, os, platform, random, shutil, signal, subprocess, sys, threading, time, warnings, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.learner import SkipToEpoch
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch, noop
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from safetensors.torch import load_file
-from .checkpoint import read_meta, save, write_whole
+from .checkpoint import DEAD, FORMAT, append, read_meta, save, sweep, unwritten, writable, write_whole
 from .data import ImageLoader, seed_of
 from .plots import plt
 from .tasks import bare
@@ -33,7 +34,8 @@ def provenance() -> dict:
         except PackageNotFoundError: return None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU {platform.machine()}, {os.cpu_count()} cores'
     packages = 'relvit', 'torch', 'torchvision', 'timm', 'fastai', 'scikit-learn'
-    return dict(commit=git('rev-parse', 'HEAD'), changed=bool(git('status', '--porcelain', '--', '.')), device=device,
+    ours = git('ls-files', '--', 'runs.py', '36_runs.ipynb') # an installed relvit may lie in somebody else's repository
+    return dict(commit=git('rev-parse', 'HEAD') if ours else '', changed=bool(ours and git('status', '--porcelain', '--', '.')), device=device,
                 python=platform.python_version(), versions={p: installed(p) for p in packages},
                 date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 
@@ -53,8 +55,7 @@ class Run:
         "A new folder. Raises FileExistsError where a run lies already"
         path = Path(path)
         cls.free(path)
-        path.mkdir(parents=True, exist_ok=True)
-        _write_json(path/'environment.json', dict(provenance(), command=sys.argv))
+        _write_json(path/'environment.json', dict(provenance(), format=FORMAT, command=sys.argv))
         if data: _write_json(path/'data.json', data)
         if recipe: _write_json(path/'recipe.json', recipe)
         _write_json(path/'config.json', config)
@@ -62,21 +63,32 @@ class Run:
 
     @staticmethod
     def free(path):
-        "Raises FileExistsError where a run cannot be created"
-        if (Path(path)/'config.json').exists(): raise FileExistsError(f'{path} holds a run already: resume it, or choose another name')
-        if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+        "Raises FileExistsError where a run cannot be created, Unwritten where nothing can be written"
+        path, first = Path(path), ('environment.json', 'data.json', 'recipe.json') # `create` may have been killed before the last
+        if (path/'config.json').exists(): raise FileExistsError(f'{path} holds a run already: resume it, or choose another name')
+        if path.exists() and (not path.is_dir() or any(f.name not in first and not DEAD.fullmatch(f.name) for f in path.iterdir())):
             raise FileExistsError(f'{path} is no empty folder: a run needs one of its own')
+        writable(path)
 
     def discard(self):
-        "Take away what `create` wrote, of a run that was never begun"
+        "Take away what was written of a run that has no state yet"
         if self.last.exists(): raise ValueError(f'{self.path} was begun; delete it yourself')
-        for f in ('config.json', 'data.json', 'recipe.json', 'environment.json', 'log.txt'): (self.path/f).unlink(missing_ok=True)
-        for f in ('tensorboard', 'wandb'): shutil.rmtree(self.path/f, ignore_errors=True)
-        self.path.rmdir()
+        sweep(self.path)
+        for f in ('data.json', 'recipe.json', 'environment.json', 'log.txt', 'metrics.jsonl', 'stopped.json', 'best.safetensors', '.lock', 'config.json'):
+            (self.path/f).unlink(missing_ok=True)
+        for f in ('figures', 'tensorboard', 'wandb'): shutil.rmtree(self.path/f, ignore_errors=True)
+        if not any(self.path.iterdir()): self.path.rmdir() # else something of somebody else's lies there
+
+    def without_links(self):
+        "Raises ValueError where something in the folder is a link: what is written there would be written elsewhere"
+        for f in (*self.path.iterdir(), *(self.path/'figures').glob('*')):
+            if f.is_symlink(): raise ValueError(f'{f} is a link to elsewhere, where a run must not write: put the file itself in its place')
 
     def _json(self, name):
-        try: return json.loads(f.read_text()) if (f := self.path/name).is_file() else {}
-        except ValueError as e: raise ValueError(f'{f} is not JSON: {e}') from e
+        try: said = json.loads(f.read_text()) if (f := self.path/name).is_file() else {}
+        except (ValueError, RecursionError) as e: raise ValueError(f'{f} is not JSON: {e}') from e
+        if not isinstance(said, dict): raise ValueError(f'{f} is not what a run writes: a JSON object is wanted')
+        return said
     @property
     def config(self): return self._json('config.json')
     @property
@@ -88,6 +100,8 @@ class Run:
     @property
     def summary(self): return self._json('summary.json')
     @property
+    def broke(self): return self._json('stopped.json') # of a `NotFinite` that ended it
+    @property
     def last(self): return self.path/'last.safetensors'
     @property
     def best(self): return self.path/'best.safetensors'
@@ -96,7 +110,7 @@ class Run:
     def metrics(self) -> list[dict]:
         "One dict an epoch; a last line that was cut by a crash does not count"
         f, out = self.path/'metrics.jsonl', []
-        for line in f.read_text().splitlines() if f.is_file() else []:
+        for line in f.read_text(errors='replace').splitlines() if f.is_file() else []:
             try: out.append(json.loads(line))
             except json.JSONDecodeError: break
         return out
@@ -104,10 +118,11 @@ class Run:
     @property
     def status(self):
         done, total = len(self.metrics), self.config.get('epochs', '?')
+        if not self.summary and self.broke: return f'stopped: {self.broke.get("said")}'
         return 'finished' if self.summary else f'stopped after {done} of {total} epochs' if self.last.exists() else 'not begun'
 
     def log(self, text):
-        with open(self.path/'log.txt', 'a') as f: f.write(f'{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n')
+        append(self.path/'log.txt', f'{datetime.now():%Y-%m-%d %H:%M:%S}  {text}')
 
     def __repr__(self):
         m = self.metrics[-1] if self.metrics else {}
@@ -179,18 +194,30 @@ class RecordRun(Callback):
                  seed=0, # of the steps
                  config:dict=None): # plain data, for a run that is created here
         if not isinstance(run, Run): run = Run(run) if resume else Run.create(run, config or {})
-        self.record, self.resume, self.every, self.seeds, self.stop = run, resume, every, SeedSteps(seed), None
+        self.record, self.resume, self.every, self.seeds, self.stop, self.claim = run, resume, every, SeedSteps(seed), None, None
         self.writes = rank_distrib() == 0 # of several processes one keeps the record
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') # nothing to record
         if not self.run: return
+        if any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
+            raise ValueError('start_epoch leaves epochs out, and restores neither weights nor schedule: a run goes on with RecordRun(run, resume=True)')
+        self._claim()
         if self.seeds not in self.learn.cbs: self.learn.add_cb(self.seeds)
         self.place, self.seeds.start, self.began = {}, (0, 0), time.time()
         if self.resume: self._restore()
-        else: self._say(f'begins: {self.learn.n_epoch} epochs of {len(self.learn.dls.train)} steps')
+        self._forget()
+        if self.writes: (self.record.path/'stopped.json').unlink(missing_ok=True)
+        if not self.resume: self._say(f'begins: {self.learn.n_epoch} epochs of {len(self.learn.dls.train)} steps')
         self._listen()
     def _say(self, text): self.writes and self.record.log(text)
+
+    @property
+    def learn(self): return self.__dict__.get('at')
+    @learn.setter
+    def learn(self, learn): # a Learner puts a callback down however a fit ended, by an error too
+        if learn is None: self._release()
+        self.__dict__['at'] = learn
     def __repr__(self): return f'RecordRun({str(self.record.path)!r})'
 
 @patch
@@ -203,9 +230,37 @@ def _restore(self:RecordRun):
     if (then := self.place.get('world', 1)) != (now := num_distrib() or 1):
         raise ValueError(f'this run was shared by {then} processes, and draws other numbers with {now}: go on with {then}')
     self.seeds.start = self.place['epoch'], self.place['iter']
-    known = [m for m in self.record.metrics if m['epoch'] < self.place['epoch']]
-    if self.writes: write_whole(self.record.path/'metrics.jsonl', lambda f: Path(f).write_text(''.join(json.dumps(m) + '\n' for m in known)))
     self._say(f"goes on at epoch {self.place['epoch']}, step {self.place['iter']}")
+
+@patch
+def _claim(self:RecordRun):
+    "Two processes would write over each other: the second is refused. The system takes the lock from a process that is killed"
+    if not self.writes: return
+    try: self.claim = open(self.record.path/'.lock', 'a')
+    except OSError as e: raise unwritten(self.record.path/'.lock', e) from e
+    try:
+        import fcntl
+        fcntl.lockf(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError): raise ValueError(f'{self.record.path} is being trained by another process: two would write over each other') from None
+    except (ImportError, OSError): pass # Windows, and network file systems without locks
+    for f in (self.record.path, self.record.path/'figures'): sweep(f)
+
+@patch
+def _release(self:RecordRun):
+    "Give back what was taken for a fit: signals, the seeds' callback, the lock"
+    self._deafen()
+    if self.learn and self.seeds in self.learn.cbs: self.learn.remove_cb(self.seeds)
+    if self.claim: self.claim.close()
+    self.claim = None
+
+@patch
+def _forget(self:RecordRun):
+    "The record loses what the state does not know: epochs that were cut off after their line was written"
+    rows, before = self.record.metrics, self.seeds.start[0]
+    known = [m for m in rows if m['epoch'] < before]
+    if [m['epoch'] for m in known] != list(range(before)): warnings.warn(f'{self.record.path}/metrics.jsonl has lost lines: {len(known)} of {before} epochs')
+    f = self.record.path/'metrics.jsonl'
+    if self.writes and f.exists(): write_whole(f, lambda new: Path(new).write_text(''.join(json.dumps(m) + '\n' for m in known)))
 
 # %% ../nbs/36_runs.ipynb #146c3987
 @patch
@@ -222,7 +277,7 @@ def _listen(self:RecordRun):
 
 @patch
 def _deafen(self:RecordRun):
-    for s, f in getattr(self, 'handlers', {}).items(): signal.signal(s, f)
+    for s, f in self.__dict__.get('handlers', {}).items(): signal.signal(s, f)
     self.handlers = {}
 
 @patch
@@ -304,7 +359,7 @@ def after_epoch(self:RecordRun):
     row = dict(epoch=self.learn.epoch, step=self.learn.train_iter, train=self.means, valid=valid, chance=chance,
                lr=self.learn.opt.hypers[-1]['lr'], seconds=round(time.time() - self.training_began, 2))
     if self.writes:
-        with open(self.record.path/'metrics.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
+        append(self.record.path/'metrics.jsonl', json.dumps(row))
         if getattr(model, 'teacher', None) is not None or all(better(valid, b) for b in before): # where a teacher moves, a low loss may be a collapse: the last is kept
             save(self.learn, self.record.best, epoch=self.learn.epoch)
     self.sums, self.count = {}, 0
@@ -315,12 +370,26 @@ def after_epoch(self:RecordRun):
 @patch
 def after_fit(self:RecordRun):
     self._deafen()
-    if self.seeds in self.learn.cbs: self.learn.remove_cb(self.seeds)
-    if not hasattr(self, 'training_began') or not self.writes: return
-    figures(self.record)
-    if not self.stop:
-        _write_json(self.record.path/'summary.json', dict(self.record.metrics[-1], epochs=self.learn.n_epoch))
-        self.record.log('finished')
+    broke = self._broke()
+    if self.writes and self.record.metrics:
+        figures(self.record)
+        if not self.stop and not broke:
+            _write_json(self.record.path/'summary.json', dict(self.record.metrics[-1], epochs=self.learn.n_epoch))
+            self.record.log('finished')
+    self._release()
+
+@patch
+def _broke(self:RecordRun):
+    "Did `FiniteLosses` end the fit? Then its error learns where the last good state is, and the record what ended it"
+    if (e := getattr(getattr(self.learn, 'finite_losses', None), 'error', None)) is None: return False
+    last, e.record = self.record.last, self.record.path/'stopped.json'
+    if last.exists():
+        place = read_meta(last)['place']
+        e.checkpoint = dict(path=str(last), epoch=place['epoch'], step=place['iter'])
+    if self.writes:
+        _write_json(e.record, e.asdict())
+        self.record.log(f'stopped: {e}')
+    return True
 
 @patch
 def after_cancel_fit(self:RecordRun): self._deafen()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 from typing import Literal
 from .augment import ViewAugment
-from .callbacks import AutoCast, AverageWeights
+from .callbacks import AutoCast, AverageWeights, FiniteLosses
 from .checkpoint import write_whole
 from .data import ImageLoader, seed_of
 from .detection import SMALL, start_encoder
@@ -267,7 +267,7 @@ def segment_learner(dls, # of `map_dls`
     model.grid, model.guess = tuple(math.ceil(s/p) for s, p in zip(dls.img_size, pair(encoder.p))), _guess(train)
     metrics = [MapMetric(k) for k in SCORES if k != 'fmeasure' or train.background is not None]
     learn = SegmentLearner(dls, model, loss_func=model.loss, lr=recipe.lr, wd=recipe.wd, metrics=metrics, path=path,
-                           cbs=[JudgeMaps(), *([FreezeEncoder()] if freeze else []), *([AutoCast()] if amp else []),
+                           cbs=[JudgeMaps(), FiniteLosses(), *([FreezeEncoder()] if freeze else []), *([AutoCast()] if amp else []),
                                 *([AverageWeights(recipe.ema)] if recipe.ema else []), *L(cbs)], **optimised(recipe))
     learn.recipe, learn.look = recipe, look or {}
     return learn

@@ -4,17 +4,46 @@
 
 # %% ../nbs/05_shards.ipynb #6c61734c
 from __future__ import annotations
-import io, random, warnings, torch
+import io, lzma, random, tarfile, warnings, zlib, torch
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname, urlopen
 from .images import Images, Unreadable, read_image
 
 # %% auto #0
-__all__ = ['KINDS', 'Shards', 'held_out']
+__all__ = ['KINDS', 'LARGEST', 'place_of', 'members', 'Shards', 'held_out']
 
 # %% ../nbs/05_shards.ipynb #e86bb48f
 KINDS = 'jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff', 'ppm'
+LARGEST = 2**28 # bytes of a file in a shard; an archive of zeros is small, and unpacks to any size
+
+def place_of(url) -> tuple[str, str]: # 'file' or 'http', where
+    "What a shard is called means. Raises ValueError for what is no file and no web address"
+    scheme = urlparse(str(url)).scheme
+    if scheme in ('http', 'https'): return 'http', str(url)
+    if scheme == 'file': return 'file', url2pathname(urlparse(str(url)).path)
+    if ':' not in str(url) or len(scheme) == 1 or Path(url).exists(): return 'file', str(url) # C:\\ has a scheme of one letter
+    raise ValueError(f'{url} is neither a file nor http: a shard is read, and no command is run for it')
+
+def members(urls):
+    "Files of tar archives as webdataset groups them. Raises `Unreadable` for what is no archive, or holds a file of more than `LARGEST` bytes"
+    for url in urls:
+        kind, at = place_of(url)
+        try: opened = urlopen(at, timeout=60) if kind == 'http' else open(at, 'rb')
+        except HTTPException as e: raise OSError(f'{url} cannot be fetched: {e}') from e
+        with opened as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode='r|*') as tar:
+                    for m in tar:
+                        if m.isreg() and m.size > LARGEST: raise Unreadable(f'{m.name} of {url} has {m.size:,} bytes, more than {LARGEST:,}')
+                        if m.isreg(): yield dict(fname=m.name, data=tar.extractfile(m).read(), __url__=str(url))
+                        tar.members = [] # or it remembers all of them
+            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e: raise Unreadable(f'{url} is no whole tar archive: {e}') from e
+        yield {} # the end of an archive ends a sample
 
 class Shards:
-    "Images in tar files. Raises ValueError where a pattern names none, ImportError without webdataset"
+    "Images in tar files. Raises ValueError where a pattern names none, or another than files and http, ImportError without webdataset"
     def __init__(self, urls, # pattern like 'train-{000..099}.tar', or a list
                  side, # pixels of a side
                  vocab=(), name='shards', channels=3, buffer=1000, # images that are shuffled among each other
@@ -23,6 +52,7 @@ class Shards:
         except ImportError as e: raise ImportError("shards need webdataset: pip install 'relvit[shards]'") from e
         self.urls = expand_urls(urls) if isinstance(urls, str) else list(urls)
         if not self.urls: raise ValueError(f'{urls} names no shard')
+        for url in self.urls: place_of(url)
         self.side, self.vocab, self.name, self.channels, self.buffer, self.most = side, list(vocab), name, channels, buffer, most
         self.skipped = {}
 
@@ -33,24 +63,29 @@ class Shards:
     def stream(self, seed, # of this pass
                role=0, roles=1, # which of how many workers
                shuffle=True):
-        "Endless (image, label); a worker has shards of its own. Raises `Unreadable` for too many bad images"
+        "Endless (image, label). See `samples`"
+        for x, y, _ in self.samples(seed, role, roles, shuffle): yield x, y
+
+    def samples(self, seed, role=0, roles=1, shuffle=True):
+        "Endless (image, label, name); a worker has shards of its own. Raises `Unreadable` for too many bad images"
         import webdataset as wds
+        from webdataset.tariterators import group_by_keys
         urls, rng, seen, bad = list(self.urls), random.Random(seed), 0, 0
         if len(urls) < roles: raise ValueError(f'{len(urls)} shards cannot feed {roles} workers')
         while True:
             if shuffle: rng.shuffle(urls)
-            steps = [wds.SimpleShardList(urls[role::roles]), wds.tarfile_to_samples()] + [wds.shuffle(self.buffer, rng=rng)]*shuffle
-            for sample in wds.DataPipeline(*steps):
-                kind, seen = next((k for k in sample if k.split('.')[-1].lower() in KINDS), None), seen + 1
+            found = group_by_keys(members(urls[role::roles]))
+            for sample in wds.shuffle(self.buffer, rng=rng)(found) if shuffle else found:
+                kind, seen, name = next((k for k in sample if k.split('.')[-1].lower() in KINDS), None), seen + 1, f"{sample['__key__']} of {sample['__url__']}"
                 try:
-                    if kind is None: raise Unreadable(f"{sample['__key__']} of {sample['__url__']} holds no image")
+                    if kind is None: raise Unreadable(f'{name} holds no image')
                     x = read_image(io.BytesIO(sample[kind]), self.side, self.channels)
                 except Unreadable as e:
                     bad += 1
                     if bad > (self.most if self.most >= 1 else self.most*max(seen, 1000)):
-                        raise Unreadable(f"{bad} of {seen} images are unreadable, the last is {sample['__key__']} of {sample['__url__']}") from e
-                    warnings.warn(f"{sample['__key__']} of {sample['__url__']} is unreadable and left out")
-                else: yield x, self.label(sample)
+                        raise Unreadable(f'{bad} of {seen} images are unreadable, the last is {name}') from e
+                    warnings.warn(f'{name} is unreadable and left out')
+                else: yield x, self.label(sample), name
             if not shuffle: return
             if not seen: raise ValueError(f'there is no image in {", ".join(urls[role::roles][:3])}')
 
@@ -62,12 +97,12 @@ class Shards:
         return int(said) if said.lstrip('-').isdigit() else -1
 
     def batches(self, bs, seed, first=0, roles=1):
-        "Batch number `first` of a pass that `roles` workers share, and every `roles`-th after it"
-        stream = self.stream(seed, first % roles, roles)
+        "Batch number `first` of a pass that `roles` workers share, and every `roles`-th after it: images, labels, names"
+        stream = self.samples(seed, first % roles, roles)
         for _ in range(first//roles*bs): next(stream) # an earlier process had these
         while True:
-            x, y = zip(*(next(stream) for _ in range(bs)))
-            yield torch.stack(x), torch.tensor(y)
+            x, y, names = zip(*(next(stream) for _ in range(bs)))
+            yield torch.stack(x), torch.tensor(y), list(names)
 
 def held_out(shards:Shards, share=.1, # of the shards, one at least
              most=5000 # images
@@ -76,9 +111,9 @@ def held_out(shards:Shards, share=.1, # of the shards, one at least
     n = max(round(len(shards.urls)*share), 1)
     if n >= len(shards.urls): raise ValueError(f'{len(shards.urls)} shard cannot be cut into one part to train on and one to choose on')
     last, got = Shards(shards.urls[-n:], shards.side, shards.vocab, shards.name, shards.channels, most=shards.most), []
-    for _, item in zip(range(most), last.stream(0, shuffle=False)): got.append(item)
+    for _, item in zip(range(most), last.samples(0, shuffle=False)): got.append(item)
     if not got: raise ValueError(f'there is no image in {", ".join(last.urls)}')
-    x, y = zip(*got)
+    x, y, names = zip(*got)
     vocab = shards.vocab or [str(k) for k in range(max(y) + 1)]
     rest = Shards(shards.urls[:-n], shards.side, vocab, shards.name, shards.channels, shards.buffer, shards.most)
-    return rest, Images(torch.stack(x), y, vocab, shards.name)
+    return rest, Images(torch.stack(x), y, vocab, shards.name, names)

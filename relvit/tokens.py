@@ -63,6 +63,8 @@ class TokenEncoder(nn.Module):
 def _create(name, img_size, p, cls, kwargs):
     "A timm model without a classifier that takes images of changing size"
     vit, t2t = name.startswith(('vit_', 'deit_', 'deit3_')), name.startswith('t2t_')
+    if odd := [k for k in ('checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir') if k in kwargs]: # a file may say so too
+        raise ValueError(f'{odd[0]} would have timm read weights, or write them, anywhere: leave it out, and load(path, encoder) of relvit.checkpoint reads safetensors')
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
@@ -82,6 +84,7 @@ def _create(name, img_size, p, cls, kwargs):
             kwargs.pop('img_size')
             return timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as e:
+        if 'allocate memory' in str(e): raise # which is no mistake in the name of an argument
         said = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if k not in ('num_classes', 'dynamic_img_size'))
         raise ValueError(f'timm cannot build {name} with {said}: {str(e).removeprefix("VisionTransformer.__init__() ")}') from e
 
@@ -99,7 +102,9 @@ def _measure(self:TokenEncoder, img_size, p):
         side, self.dim = tuple(r*s for r, s in zip(pair(m.patch_embed.feat_ratio(as_scalar=False)), pooled)), m.embed_dim
     else:
         black = torch.zeros(1, self.in_chans, *size, device=next(m.parameters()).device)
-        tokens = _look(self, black)
+        try: tokens = _look(self, black)
+        except (AssertionError, RuntimeError) as e:
+            raise ValueError(f'{self.config["name"] or type(m).__name__} takes no images of {size[0]} x {size[1]} pixels: {e}') from e
         side, self.dim = tuple(s//g for s, g in zip(size, tokens.grid)), tokens.patches.shape[-1]
     if p is not None and pair(p) != tuple(side):
         raise ValueError(f'one token of this {type(m).__name__} covers {side[0]} x {side[1]} pixels; '

@@ -4,18 +4,18 @@
 
 # %% ../nbs/39_training.ipynb #574df30d
 from __future__ import annotations
-import difflib, inspect, json, os, sys, time, typing, torch, yaml
-from contextlib import ExitStack
+import difflib, inspect, json, os, re, sys, time, typing, warnings, torch, yaml
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
-from functools import singledispatch
+from functools import partial, singledispatch
 from pathlib import Path
 from tqdm import tqdm
 from typeguard import TypeCheckError, check_type
 from typing import Literal
 from .augment import parse_augment
 from .callbacks import MegaPatches
-from .checkpoint import encoder_config, load, load_encoder, write_whole
+from .checkpoint import Unwritten, encoder_config, load, load_encoder, readable, sweep, writable, write_whole
 from .data import make_dls
 from .datasets import DATASETS, open_data
 from .distributed import Distributed, join, same_for_all, together
@@ -35,14 +35,16 @@ from .tokens import TokenEncoder
 __all__ = ['DATA', 'LIMITS', 'MODES', 'ELSEWHERE', 'ENCODER', 'parse_args', 'parse_tasks', 'parse_task_args', 'change_recipe',
            'Settings', 'ImageData', 'Fit', 'Config', 'Pretrain', 'Finetune', 'Joint', 'config_of', 'config_tasks',
            'looks_at', 'usable', 'start_file', 'settle_fit', 'settle', 'open_config_data', 'config_recipe', 'recipe_of',
-           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'same_data', 'show_learnt',
-           'load_model', 'empty_model']
+           'make_learner', 'Plan', 'count', 'as_time', 'plan', 'Console', 'train', 'ShowLearnt', 'same_data',
+           'show_learnt', 'load_model', 'empty_model']
 
 # %% ../nbs/39_training.ipynb #d3a261af
 DATA = ('data', 'root', 'labels', 'columns', 'img_size', 'p', 'valid', 'splits', 'split_seed', 'flip', 'scale', 'channels', 'classes',
         'most_unreadable', 'check', 'memory', 'workers', 'device') # what one run takes from another
 
 LIMITS = ( # what must hold, and for what
+    ('a million at most', lambda v: v <= 10**6, 'epochs bs img_size p few accumulate width max_size crop short mega workers'),
+    ('a number of 64 bits', lambda v: -2**63 <= v < 2**63, 'seed split_seed'),
     ('above 0', lambda v: 0 < v < float('inf'), 'epochs bs steps img_size p lr few accumulate width anchors max_size crop short'),
     ('2 or more', lambda v: v >= 2, 'mega'),
     ('0 or more', lambda v: v >= 0, 'workers wd most_unreadable pos_std memory every hold'),
@@ -58,12 +60,18 @@ def _in_words(hint):
     if hint is tuple: return 'a list of numbers'
     return ' or '.join(map(_in_words, args)) or {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[hint]
 
+def _yaml(text):
+    "YAML without aliases, nine lines of which unfold to a billion words"
+    if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)): raise ValueError('an alias (*name) repeats a part: write it out')
+    return yaml.safe_load(text)
+
 def parse_args(pairs, # like depth=4
                of='encoder_args') -> dict:
     "Arguments from text, each value read as YAML. Raises ValueError for what is no key=value"
     bad = [a for a in pairs if '=' not in a]
     if bad: raise ValueError(f'{of} are written like name=value, not {bad[0]!r}')
-    return {k: _number(yaml.safe_load(v)) for k, _, v in (a.partition('=') for a in pairs)}
+    try: return {k: _number(_yaml(v)) for k, _, v in (a.partition('=') for a in pairs)}
+    except (yaml.YAMLError, RecursionError, ValueError) as e: raise ValueError(f'{of} are written like name=value, and a value of {" ".join(pairs)} cannot be read') from e
 
 def _number(v): # YAML reads 1e-3 as text
     try: return float(v) if isinstance(v, str) else v
@@ -133,6 +141,7 @@ class Settings:
                 check_type(v := getattr(self, f.name), hints[f.name])
                 if isinstance(v, bool) and 'bool' not in str(hints[f.name]): raise TypeCheckError('') # True is no 1
             except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
+            if v == '': raise ValueError(f'{f.name} must not be empty; leave it out for what is usual')
         for what, holds, names in LIMITS:
             for k in names.split():
                 if (v := getattr(self, k, None)) is not None and not holds(v): raise ValueError(f'{k} must be {what}, not {v}')
@@ -160,8 +169,10 @@ class Settings:
         "From a YAML file; it may name the run to start from (init), whose data is then taken where the file says nothing"
         path = Path(path)
         if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
-        try: values = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not YAML: {e}') from e
+        try: values = _yaml(path.read_text()) or {}
+        except (yaml.YAMLError, RecursionError, ValueError) as e:
+            at = getattr(e, 'problem_mark', None)
+            raise ValueError(f'{path} is not YAML: ' + (f'line {at.line + 1}: {e.problem}' if at else str(e))) from e
         if not isinstance(values, dict): raise ValueError(f'{path} must hold lines of "key: value"')
         try: return cls.of(values | changes)
         except ValueError as e: raise ValueError(f'{path}: {e}') from e
@@ -230,7 +241,7 @@ class Fit(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (Path(self.name).name != self.name or self.name == '..'):
             raise ValueError(f'name must be a plain name, not {self.name!r}; the folder it lies in is out')
         parse_args(self.encoder_args)
         change_recipe(self.recipe or self.usual, self.recipe_args)
@@ -302,11 +313,14 @@ ELSEWHERE = dict(detect='relvit.detection', segment='relvit.segmentation') # mod
 
 def config_of(run:Run) -> Config:
     "The configuration of a run. Raises ValueError for a folder that `train` did not make"
-    mode = run.config.get('mode')
+    said, mode = run.environment, run.config.get('mode')
+    readable(said, run.path, (said.get('versions') or {}).get('relvit'))
     if mode in ELSEWHERE and mode not in MODES: raise ValueError(f'{run.path} is a run of relvit {mode}: import {ELSEWHERE[mode]} first')
-    if mode not in MODES or 'fit' not in run.data:
+    if mode not in MODES or not {'fit', 'classes'} <= set(run.data):
         raise ValueError(f'{run.path} is not of relvit pretrain, finetune or joint: its config.json and data.json do not say what they do')
-    return MODES[mode].from_dict(run.config)
+    try: c = MODES[mode].from_dict(run.config)
+    except ValueError as e: raise ValueError(f'{run.path}/config.json: {e}') from e
+    return c.but(download=False) if getattr(c, 'download', False) else c # a run that was handed on fetches nothing to anywhere
 
 # %% ../nbs/39_training.ipynb #b98dc5fa
 ENCODER = 'vit_small_patch16_224'
@@ -378,7 +392,10 @@ def config_recipe(c:Config):
 
 def recipe_of(run) -> Recipe:
     "The recipe that a run began with, whatever its name means by now"
-    if run.recipe: return Recipe.of(run.recipe)
+    said = run.recipe
+    try:
+        if said: return Recipe.of(said)
+    except (TypeError, ValueError) as e: raise ValueError(f'{run.path}/recipe.json: {e}') from e
     return config_recipe(config_of(run)).but(jitter='pixels', same_cuts=False, antialias=True, zero_head=True, permute=None) # before they were kept
 
 def _start(c, splits, dls, recipe):
@@ -396,7 +413,7 @@ def _start(c, splits, dls, recipe):
     std = None if c.pos_std == .02 and not plain else c.pos_std
     encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=std, mean=dls.mean, std=dls.std,
                            **({'in_chans': dls.channels} if dls.channels != 3 else {}), **p, **args)
-    if c.init: load(path, encoder)
+    if c.init and (report := load(path, encoder)).missing: warnings.warn(repr(report))
     return encoder
 
 # %% ../nbs/39_training.ipynb #d5c97db2
@@ -525,7 +542,7 @@ class Console(Callback):
 # %% ../nbs/39_training.ipynb #ed76883b
 def _folder(c):
     "A folder of its own for a run"
-    out, stem = Path(c.out), c.name or f'{c.mode}-{Path(c.data).name.removeprefix("hf:")}-{c.encoder.split("_patch")[0]}'
+    out, stem = Path(c.out), c.name or re.sub(r'[/\\:]+', '-', f'{c.mode}-{Path(c.data).name.removeprefix("hf:")}-{c.encoder.split("_patch")[0]}')
     if c.name or not (out/stem).exists(): return out/stem
     return next(out/f'{stem}-{i}' for i in range(2, 10**6) if not (out/f'{stem}-{i}').exists())
 
@@ -541,7 +558,11 @@ def train(c:Config=None, # what to do
         if several['rank']: tell = 'nothing'
     if resume:
         run = Run(resume)
-        if run.summary: raise ValueError(f'{run.path} is finished; there is nothing to go on with')
+        if run.summary:
+            sweep(run.path) # it may have been killed just then
+            raise ValueError(f'{run.path} is finished; there is nothing to go on with')
+        writable(run.path)
+        run.without_links()
         c = config_of(run).but(**device)
         learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None,
                              recipe=recipe_of(run))
@@ -564,18 +585,37 @@ def train(c:Config=None, # what to do
             if tell == 'console': print(taken, file=sys.stderr)
     recorder = RecordRun(run, resume=run.last.exists(), every=c.every, seed=c.seed) # else killed before its first state
     with ExitStack() as stack:
-        if not resume and not several.get('rank'): stack.callback(lambda: run.last.exists() or run.discard()) # nothing done, nothing in the way of the next try
+        stack.push(partial(_advise, run, c.mode))
+        if not resume and not several.get('rank'): stack.callback(_take_away, run)
         if tell != 'notebook':
             for silence in (learn.no_bar(), learn.no_logging()): stack.enter_context(silence)
         if several: learn.add_cb(Distributed(cpu=c.device == 'cpu'))
         elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
-        learn.fit_recipe(c.epochs, cbs=[recorder, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
+        look = [ShowLearnt(run)] if 'relations' in learn.model.tasks and isinstance(c, Config) and not several.get('rank') else []
+        learn.fit_recipe(c.epochs, cbs=[recorder, *look, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
     run.stopped = recorder.stop
-    if 'relations' in learn.model.tasks and isinstance(c, Config) and not several.get('rank'): # the first process does the rest
-        write_whole(run.path/'figures/relations.png', lambda f: show_learnt(learn).savefig(f, format='png', dpi=80, bbox_inches='tight'))
-        plt.close()
     if several: torch.distributed.barrier()
     return run
+
+def _take_away(run):
+    "A run that has done nothing is nothing in the way of the next try"
+    with suppress(OSError): run.last.exists() or run.broke or run.discard() # of a disk that is gone the first error is told
+
+def _advise(run, mode, kind, e, trace):
+    "Adds to the error of a disk how the run goes on"
+    if not isinstance(e, Unwritten): return
+    try: kept = (run.path/'config.json').exists()
+    except OSError: kept = True # the disk is gone
+    e.args = (f'{e}. Then ' + (f'go on with: relvit {mode} --resume {run.path}' if kept else 'begin anew: the run had no state yet, and was taken away'),)
+
+class ShowLearnt(Callback):
+    "Draws at the end what the model takes relations for; before `RecordRun` calls the run finished, so that no kill can leave it out"
+    order = 99
+    def __init__(self, record): self.record = record
+    def after_fit(self):
+        fig = show_learnt(self.learn)
+        write_whole(self.record.path/'figures/relations.png', lambda f: fig.savefig(f, format='png', dpi=80, bbox_inches='tight'))
+        plt.close(fig)
 
 def same_data(run:Run, splits):
     "Raises ValueError where the data is not what a run began with"
@@ -609,7 +649,7 @@ def load_model(run, # `Run` or its folder
     path, c = getattr(run, weights), config_of(run)
     if not path.exists(): raise FileNotFoundError(f'{run.path} has no {path.name} yet')
     model = empty_model(c, load_encoder(path), run.data)
-    load(path, model)
+    if gap := load(path, model).gap: raise ValueError(f'{path} is not what this run trained: {gap}')
     model.vocab, model.fit = run.data['classes'], run.data['fit'] # so that an export says it
     return model.eval()
 

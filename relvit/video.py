@@ -18,7 +18,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import nn, Tensor
 from tqdm import tqdm
 from .checkpoint import write_whole
-from .images import Unreadable, stored_image
+from .images import Unreadable, below, stored_image
 from .label_maps import voc_colours
 from .learner import encoder_of
 from .patches import grid_of, pair, to_patches
@@ -185,7 +185,8 @@ def read_davis(root, # the folder DAVIS, or the one around it
     elif there: _lost(f'{root} has no list {part}; it has {", ".join(there)}')
     else: names = sorted(f.name for f in (root/'JPEGImages'/size).iterdir())
     if not names: raise ValueError(f'{root}: the list {part} is empty')
-    return [read_video(root/'JPEGImages'/size/n, root/'Annotations'/size/n) for n in names]
+    of = root/'ImageSets'
+    return [read_video(below(root/'JPEGImages'/size, n, of), below(root/'Annotations'/size, n, of)) for n in names]
 
 def _lost(text): raise FileNotFoundError(text)
 
@@ -495,6 +496,10 @@ def _videos(source, part):
     videos = read_davis(source, part) if isinstance(source, (str, Path)) else [source] if isinstance(source, Video) else list(source)
     names = [v.check().name for v in videos]
     if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f'two videos are called {twice[0]}')
+    for v in videos: # every file is decoded before the first is tracked
+        for i in range(len(v)): v.frame(i)
+        for i in v.masks: v.mask(i)
+    if odd := [n for n in names if Path(n).name != n or n == '..']: raise ValueError(f'{odd[0]!r} is no name for a folder of masks: give the video another')
     return videos
 
 def track_objects(encoder, # see `track`; 'pixels', or 'still' (the first mask): what an encoder has to beat
@@ -512,6 +517,7 @@ def track_objects(encoder, # see `track`; 'pixels', or 'still' (the first mask):
     if out is None and not any(map(_judged, videos)): raise ValueError('no video has true masks to judge by: say out=')
     settings = dict(encoder=_of(encoder), **({} if encoder is None else _defaults | kwargs))
     masks_of = (lambda v: still(v)) if encoder is None else lambda v: track(encoder, v, **kwargs)
+    for v in videos: masks_of(v) # raises for what cannot be, before anything is written
     store, scores = out and MaskFolder(out, videos, settings), TrackingScores({})
     with tqdm(total=sum(map(len, videos)), unit='frame', disable=None if tell == 'bar' else True) as bar:
         for v in videos:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/54_widgets.ipynb #f65871b8
 from __future__ import annotations
-import html, anywidget, ipywidgets as W, numpy as np, torch, traitlets
+import html, numpy as np, torch
 from contextlib import contextmanager
 from pathlib import Path
 from PIL import Image
@@ -28,7 +28,11 @@ from .training import load_model
 __all__ = ['Picture', 'Explorer', 'as_model', 'as_images', 'RelationExplorer', 'wanted', 'draw_reading', 'worth',
            'PatchPlayground', 'AttentionExplorer', 'JigsawExplorer', 'MethodComparison', 'RunExplorer']
 
-# %% ../nbs/54_widgets.ipynb #5f047827
+# %% ../nbs/54_widgets.ipynb #c4dc81f3
+try: import anywidget, traitlets, ipywidgets as W
+except ModuleNotFoundError as e: raise ModuleNotFoundError(f"widgets need {e.name}: pip install 'relvit[widgets]'", name=e.name) from e
+
+# %% ../nbs/54_widgets.ipynb #d2291bf9
 class Picture(anywidget.AnyWidget):
     "A PNG with cells: a click, or an arrow key, chooses one of them"
     png = traitlets.Bytes(b'').tag(sync=True)
@@ -101,7 +105,7 @@ class Picture(anywidget.AnyWidget):
     export default { render };
     '''
 
-# %% ../nbs/54_widgets.ipynb #d2291bf9
+# %% ../nbs/54_widgets.ipynb #1c05dc26
 class Explorer(W.VBox):
     "Controls, a picture and what to do where there is none. Say `draw(**state)`, a figure of the values of all controls"
     query = None # name of the control that a click on a patch sets
@@ -163,7 +167,7 @@ class Explorer(W.VBox):
         return {**bundle, 'text/plain': repr(self), 'image/png': b64encode(self.picture.png).decode()}
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
-# %% ../nbs/54_widgets.ipynb #1c05dc26
+# %% ../nbs/54_widgets.ipynb #77cfe1b8
 def as_model(source) -> RelViT|TokenEncoder: # Learner, `RelViT`, `TokenEncoder`, `Run` or run folder
     "The model of whatever holds one. Raises TypeError for what does not"
     if isinstance(source, (str, Path, Run)): return load_model(source)
@@ -208,7 +212,7 @@ def _axes(n, size, rows=1, legend=0., extra=.16): # fixed places: a layout that 
     for ax in axs: ax.set_anchor('S')
     return fig, axs
 
-# %% ../nbs/54_widgets.ipynb #77cfe1b8
+# %% ../nbs/54_widgets.ipynb #1b77301e
 class RelationExplorer(Explorer):
     "What a model believes about the relations of an image's patches, patch by patch"
     query = 'patch'
@@ -240,7 +244,7 @@ def wanted(model) -> tuple: # (H,W)
     grid, p = getattr(model, 'grid', None), getattr(model, 'encoder', model).p
     return tuple(g*s for g, s in zip(grid or model.grid, pair(p)))
 
-# %% ../nbs/54_widgets.ipynb #4ec97b20
+# %% ../nbs/54_widgets.ipynb #dbd8cbfa
 def draw_reading(r, # `Reading`
                  query:int, # patch
                  size=2.2):
@@ -283,7 +287,7 @@ def worth(r) -> str: # `Reading`
         words, better = f'{r.task.name}: {got:.0%} right, a guess {guess:.0%}', got > guess + luck
     return words if better else words + '. That is no better than guessing: has this model been trained on this task?'
 
-# %% ../nbs/54_widgets.ipynb #c61ac23a
+# %% ../nbs/54_widgets.ipynb #404a31bc
 class PatchPlayground(Explorer):
     "An image, what pretraining makes of it, and what is true then"
     query = 'patch'
@@ -338,7 +342,7 @@ def _whole(images, p):
     h, w = (s//q*q for s, q in zip(x.shape[-2:], pair(p)))
     return x[..., :h, :w]
 
-# %% ../nbs/54_widgets.ipynb #57c9db0a
+# %% ../nbs/54_widgets.ipynb #d7f9eed7
 class AttentionExplorer(Explorer):
     "Who looks where, in any timm ViT or Swin"
     query = 'patch'
@@ -391,7 +395,7 @@ class AttentionExplorer(Explorer):
             cells(ax, 'patch', lh, lw)
         return fig
 
-# %% ../nbs/54_widgets.ipynb #bbaf8c7f
+# %% ../nbs/54_widgets.ipynb #ee906acc
 class JigsawExplorer(Explorer):
     "A shuffled image, put together again as far as the slider says"
     query = 'patch'
@@ -436,7 +440,7 @@ class JigsawExplorer(Explorer):
         self.controls['patch'].value = at[name]()
     def hint(self): return repr(self.puzzle(*(self.state[k] for k in ('image', 'seed', 'use'))))
 
-# %% ../nbs/54_widgets.ipynb #76aa7bb9
+# %% ../nbs/54_widgets.ipynb #5ef03a57
 class MethodComparison(Explorer):
     "Encoders on the same image, at the same place"
     query = 'patch'
@@ -493,7 +497,7 @@ class MethodComparison(Explorer):
         if any_relations: compass(fig.add_axes([1 - .33/4.35, .5, .3/4.35, .6/len(self.models)]), 'a patch lies')
         return fig
 
-# %% ../nbs/54_widgets.ipynb #3238f142
+# %% ../nbs/54_widgets.ipynb #f599d6b1
 class RunExplorer(Explorer):
     "Curves, figures and configurations of run folders side by side"
     def __init__(self, folder='runs', # that holds run folders

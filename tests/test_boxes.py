@@ -1,7 +1,7 @@
 "Detection data: generated scenes, four formats written and read again, what is mended, batches that are the same in every run."
 import contextlib, hashlib, io, json, warnings
 
-import h5py, numpy as np, pytest, torch
+import numpy as np, pytest, torch
 from fastai.learner import Learner
 from hypothesis import assume, given, strategies as st
 from PIL import Image
@@ -94,6 +94,7 @@ def kitti(home, lines, name='000000'):
 
 def svhn(home, images):
     "A list of (image, rows of left, top, width, height, class)"
+    import h5py
     home.mkdir(parents=True, exist_ok=True)
     with h5py.File(home/'digitStruct.mat', 'w') as f:
         refs, names, groups = f.create_group('#refs#'), [], []
@@ -197,7 +198,7 @@ def test_coco_that_is_odd(tmp_path):
     a = dict(image_id=1, category_id=1, bbox=[1, 1, 5, 5])
     coco(tmp_path, [(1, 20, 20)], [a, a | dict(segmentation=[[1, 1, 5, 1, 5, 5]])])
     with pytest.warns(UserWarning, match='1 of 2 objects .* have no mask'): assert not read_coco(tmp_path).has_masks
-    for wrong, said in ([a | dict(image_id=2)], 'KeyError 2'), ([dict(image_id=1)], "KeyError 'bbox'"), ([a | dict(bbox=[1])], 'no file of COCO'):
+    for wrong, said in ([a | dict(image_id=2)], 'annotation 0 .* its image 2 is not listed'), ([dict(image_id=1)], "it has no 'bbox'"), ([a | dict(bbox=[1])], 'no list of four'):
         coco(tmp_path, [(1, 20, 20)], wrong)
         with pytest.raises(ValueError, match=said): read_coco(tmp_path)
     file = coco(tmp_path, [(1, 20, 20)], [a | dict(category_id=2)])
@@ -205,7 +206,7 @@ def test_coco_that_is_odd(tmp_path):
     made(tmp_path/'train2017/1.png', Image.new('RGB', (20, 10)))
     with pytest.raises(ValueError, match=r'1\.png has 20 x 10 pixels, its annotation is of 20 x 20'): read_coco(tmp_path)
     file.write_text('{')
-    with pytest.raises(ValueError, match='JSONDecodeError'): read_coco(tmp_path)
+    with pytest.raises(ValueError, match='instances_train2017.json is no JSON, or was cut'): read_coco(tmp_path)
     coco(tmp_path, [], [])
     with pytest.raises(ValueError, match='train2017 has no image'): read_coco(tmp_path)
 
@@ -229,6 +230,7 @@ def test_kitti(tmp_path):
 
 
 def test_svhn(tmp_path):
+    import h5py
     im = picture(some.files[0])
     svhn(tmp_path/'train', [(im, [(1, 2, 10, 20, 10)]), (im.resize((50, 40)), [(-3, 2, 10, 20, 1), (9, 2, 10, 99, 9)])])
     svhn(tmp_path/'extra', [(im, [(1, 2, 10, 20, 5)])])
