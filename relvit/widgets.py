@@ -22,7 +22,6 @@ from .runs import Run, compare, list_runs, plot_run
 from .relations import spatial_relations
 from .tasks import RelViT
 from .tokens import TokenEncoder
-from .training import load_model
 
 # %% auto #0
 __all__ = ['Picture', 'Explorer', 'as_model', 'as_images', 'RelationExplorer', 'wanted', 'draw_reading', 'worth',
@@ -170,7 +169,9 @@ class Explorer(W.VBox):
 # %% ../nbs/54_widgets.ipynb #77cfe1b8
 def as_model(source) -> RelViT|TokenEncoder: # Learner, `RelViT`, `TokenEncoder`, `Run` or run folder
     "The model of whatever holds one. Raises TypeError for what does not"
-    if isinstance(source, (str, Path, Run)): return load_model(source)
+    if isinstance(source, (str, Path, Run)):
+        from relvit.training import load_model
+        return load_model(source)
     model = getattr(source, 'model', source) if not isinstance(source, TokenEncoder) else source
     if not isinstance(model, (RelViT, TokenEncoder)):
         raise TypeError(f'a RelViT, a TokenEncoder, a Learner or a run folder, not {type(source).__name__}')
