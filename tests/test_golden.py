@@ -123,6 +123,13 @@ def test_bilinear_head_is_equation_8():
     close(head(r['z'])*48**.5/5**.5, r['out'], 1e-5)
 
 
+def test_a_head_of_pairs_is_of_one_kind_or_the_other():
+    from relvit.heads import PairHead
+    with pytest.raises(ValueError, match="kind is 'qk' or 'bilinear', not 'both'"): PairHead(48, 9, kind='both')
+    with pytest.raises(ValueError, match='9 classes leave no width of 8'): PairHead(8, 9)
+    assert PairHead(8, 8).width == 1 and PairHead(8, 9, kind='bilinear').width == 8
+
+
 def test_losses():
     from relvit.losses import mse, pair_cross_entropy
     logits, target, want = (recorded('ops', f'loss_{k}_') for k in ('logits', 'target', 'smooth0'))

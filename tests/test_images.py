@@ -1,5 +1,5 @@
 "Images as they come, and the layouts in which data sets come."
-import io, warnings
+import io, itertools, tarfile, warnings
 
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
@@ -8,6 +8,7 @@ from scipy.io import savemat
 from relvit.data import make_dls
 from relvit.datasets import IMAGENET100, open_data
 from relvit.images import Unreadable, image_files, only_readable, read_image
+from relvit.shards import Shards
 
 
 def picture(w=24, h=16):
@@ -166,3 +167,27 @@ def test_what_is_asked_for_in_vain(tmp_path):
     with pytest.raises(FileNotFoundError, match='does not hold train_32x32.mat; root is the folder that does'): open_data('svhn', tmp_path)
     with pytest.raises(ValueError, match='no patch cuts 17 pixels'): open_data('digits', img_size=17)
     with pytest.raises(FileNotFoundError): open_data(str(tmp_path/'x-{0..2}.tar'))
+
+def test_workers_share_a_pass_over_shards(tmp_path):
+    "Every image once between them, whatever the seed; and who starts at a later batch reads on from there"
+    pytest.importorskip('webdataset')
+    for i in range(4):
+        with tarfile.open(tmp_path/f'{i}.tar', 'w') as tar:
+            for j in range(6):
+                Image.new('L', (8, 8), 10*(6*i + j)).save(tmp_path/'x.png')
+                tar.add(tmp_path/'x.png', f'{i}{j}.png')
+    shards = Shards([str(tmp_path/f'{i}.tar') for i in range(4)], 8, channels=1)
+    first = lambda n, **kw: [(x, names) for x, _, names in itertools.islice(shards.batches(3, 5, **kw), n)]
+    apart = [first(4, first=role, roles=2) for role in (0, 1)]
+    assert len({name for part in apart for _, names in part for name in names}) == 24
+    assert sorted(v.item() for part in apart for x, _ in part for v in x[:, 0, 0, 0]) == [10*i for i in range(24)]
+    assert [names for _, names in first(2, first=5, roles=2)] == [names for _, names in first(4, first=1, roles=2)][2:]
+    assert repr(shards) == 'shards: 4 shards, 0 classes'
+
+
+def test_a_report_says_where_each_part_comes_from():
+    digits, again, other = open_data('digits'), open_data('digits', seed=0), open_data('digits', seed=1)
+    parts = digits.report()['parts']
+    assert list(parts) == ['trained on', 'chosen on', 'reported on'] and all(p['said'] for p in parts.values())
+    assert torch.equal(digits.valid.load().x, again.valid.load().x) and not torch.equal(digits.valid.load().x, other.valid.load().x)
+    assert repr(digits.train) == 'digits: 1077 images 1 x 16 x 16, 1077 labelled, 10 classes'

@@ -126,6 +126,12 @@ def test_relations_and_distances_by_hand(grid):
     assert_close(distances(pos).double(), d/longest*2 - 1 if longest else d - 1, **near)
 
 
+@given(shapes, st.floats(.01, 1))
+def test_relations_of_places_that_are_no_whole_numbers(grid, unit):
+    "Only the order of the coordinates counts, however close they lie"
+    assert torch.equal(spatial_relations(positions(grid)*unit), spatial_relations(positions(grid)))
+
+
 @given(shapes)
 def test_angles_and_directions_by_hand(grid):
     h, w = grid

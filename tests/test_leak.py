@@ -1,7 +1,7 @@
 "On pure noise there is nothing to learn about places but what leaks: positions that nobody shuffled."
 import warnings
 
-import pytest, torch
+import pytest, timm, torch
 from relvit.data import image_dls
 from relvit.images import Images
 from relvit.learner import joint_learner, pretrain_learner
@@ -70,3 +70,11 @@ def test_without_positions_a_vit_is_equivariant_and_swin_is_not():
         a, b = (encoder(v, pos_embed=pos).patches for v in (permute(x, perms, encoder.p), x))
         gaps[name] = (a - b[torch.arange(3)[:, None], perms]).abs().max().item()
     assert gaps['vit'] < 1e-5 and gaps['vit with positions'] > 1e-2 and gaps['swin'] > 1e-2
+
+
+def test_only_a_vit_with_an_embedding_starts_it_anew():
+    swin = dict(name_or_model='swin_tiny_patch4_window7_224', img_size=64, embed_dim=24, depths=(1, 1), num_heads=(1, 2), window_size=4)
+    bare = timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=0, pos_embed='none')
+    for kw in swin, dict(name_or_model=bare):
+        for how in dict(pos_embed='sincos'), dict(pos_std=.1):
+            with pytest.raises(ValueError, match='has no positional embedding to start anew'): TokenEncoder(**kw, **how)

@@ -3,56 +3,41 @@
 Each runs in a process of its own, forked from a server that has imported the heavy libraries once: no notebook sees
 another's modules, seeds or rcParams, and none waits seconds for torch. Two run at a time where there are two cores.
 """
-import contextlib, io, multiprocessing, os, re
+import contextlib, io, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
+from functools import partial
 from pathlib import Path
 
 import nbformat, pytest
 
 root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'tools')) # the processes find it there, too
+import notebooks as tools # noqa: E402
+
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not re.search(r'/[._]', str(p.relative_to(root))))
-heavy = ['pytest', 'nbformat', 'nbdev.test', 'torch', 'torchvision', 'timm', 'matplotlib.pyplot', 'sklearn.datasets']
-# but not fastai, which changes torch.Tensor
-minutes = 15
 
 
-def run(pipe, path, flags):
-    "In a process of its own: send whether a notebook passes, and its traceback"
+def as_it_stands(path, flags):
+    "Whether a notebook passes, and its traceback"
     os.chdir(root)
     from nbdev.test import test_nb as nbdev_test_nb
     err = io.StringIO()
     with contextlib.redirect_stderr(err): passed, _ = nbdev_test_nb(path, skip_flags=flags, basepath=root)
-    pipe.send((passed, err.getvalue()))
-
-
-def run_apart(path, ctx, flags):
-    "The same from outside. Not a pool's worker, which may have no children, as a DataLoader's are"
-    here, there = ctx.Pipe(duplex=False)
-    process = ctx.Process(target=run, args=(there, path, flags))
-    process.start()
-    there.close()
-    try: return here.recv() if here.poll(60*minutes) else (False, f'still running after {minutes} minutes')
-    except EOFError:
-        process.join()
-        return False, f'the process died with exit code {process.exitcode}'
-    finally:
-        if process.is_alive(): process.join(5)
-        process.kill()
+    return passed, err.getvalue()
 
 
 @pytest.fixture(scope='module')
-def outcome(request):
+def apart(): return partial(tools.run_apart, tools.server('pytest', 'nbformat', 'nbdev.test'))
+
+
+@pytest.fixture(scope='module')
+def outcome(request, apart):
     "Start the notebooks that were asked for; a function that waits for one"
-    settings = ConfigParser()
-    settings.read(root/'settings.ini')
-    flags = settings['DEFAULT']['tst_flags'].split()
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(heavy)
+    flags = tools.flags()
     wanted = [item.callspec.params['path'] for item in request.session.items if item.name.startswith('test_notebook[')]
     with ThreadPoolExecutor(min(2, os.cpu_count())) as pool:
-        running = {p: pool.submit(run_apart, p, ctx, flags) for p in wanted}
-        yield lambda path: (running.get(path) or pool.submit(run_apart, path, ctx, flags)).result()
+        running = {p: pool.submit(apart, as_it_stands, p, flags) for p in wanted}
+        yield lambda path: (running.get(path) or pool.submit(apart, as_it_stands, path, flags)).result()
         for job in running.values(): job.cancel() # after -x or an interrupt
 
 
@@ -98,3 +83,26 @@ def test_notebooks_do_not_meet(tmp_path, outcome):
     for i, source in enumerate([first, second]*2):
         passed, err = outcome(page(tmp_path/f'{i}.ipynb', source))
         assert passed, err
+
+
+# the second mode: against the package
+
+def test_an_export_cell_imports_and_does_not_define(tmp_path, apart):
+    "What it would define is the package's own, private names too; it does not run, the rest does"
+    cells = ['#| default_exp relations', 'minkowski = "of the page"', '#| export\n1/0\ndef _differences(*a): pass', '#| export\nimport math as other',
+             'import relvit.relations\nassert _differences is relvit.relations._differences and minkowski == "of the page"']
+    assert apart(tools.imported, page(tmp_path/'relations.ipynb', *cells), []) == (True, '')
+    passed, err = apart(tools.imported, page(tmp_path/'bad.ipynb', *cells, 'assert _differences is None, "it is not"'), [])
+    assert not passed and 'it is not' in err and 'assert _differences' in err
+
+
+def test_the_second_mode_shows_and_heeds_flags(tmp_path, apart):
+    "A page of the house passes; a last expression's repr is made; flags and front matter hold"
+    def outcome(*cells): return apart(tools.imported, page(tmp_path/'page.ipynb', *cells), ['notest', 'slow'])
+    assert apart(tools.imported, root/'nbs/02_relations.ipynb', tools.flags()) == (True, '')
+    loud = 'class Loud:\n    def __repr__(self): raise ValueError("its repr was made")'
+    passed, err = outcome(loud, 'Loud()')
+    assert not passed and 'its repr was made' in err and outcome(loud, 'loud = Loud()') == (True, '')
+    for flag in '#| eval: false', '#|notest', '#| hide\n#| slow': assert outcome(f'{flag}\n1/0') == (True, '')
+    assert not outcome('x = 3\n#| notest\n1/0')[0] # no directive: it is not at the top
+    assert outcome('---\nskip_exec: true\n---', '1/0') == (True, '')

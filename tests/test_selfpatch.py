@@ -151,6 +151,10 @@ def test_a_picture():
     dashed = [p for p in ax.patches if p.get_linestyle() not in ('-', 'solid')]
     assert len(ax.patches) == 9 and len(dashed) == 5 and len(ax.texts) == 8
     assert len(show_positives(torch.rand(3, 24, 40), torch.randn(15, 8), (3, 5), 0, border='clip').patches) == 4
+    ax = show_positives(torch.rand(3, 24, 40), torch.randn(15, 8), (3, 5), 6, border='clip')
+    ax.figure.canvas.draw()
+    veil = ax.images[-1].get_array()[..., 3] # over all but the patch and its neighbours
+    assert_close(torch.as_tensor(veil), torch.tensor([[0, 0, 0, .45, .45]]*3, dtype=torch.float64))
 
 
 # what positives say

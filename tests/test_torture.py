@@ -21,11 +21,11 @@ tiny = dict(encoder='vit_tiny_patch16_224', encoder_args=('embed_dim=24', 'depth
 def test_killed_and_gone_on(tmp_path):
     "A few moments of `make torture`, in a process that forks: see tests/torture.py"
     some = 'half of last.safetensors', 'after moving best.safetensors', 'before any state: half of metrics.jsonl'
-    p = subprocess.run([sys.executable, '-W', 'ignore', Path(__file__).with_name('torture.py'), '--random', '1', '--chains', '1', '--commands', '1', '--only', *some,
+    p = subprocess.run([sys.executable, '-W', 'ignore', Path(__file__).with_name('torture.py'), '--random', '1', '--chains', '1', '--commands', '0', '--only', *some,
                         '--record', tmp_path/'r.json'], capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stdout + p.stderr
     r = json.loads((tmp_path/'r.json').read_text())
-    assert r['same'] == r['runs'] == 2*(len(some) + 2) + 1 and r['kills'] >= r['runs'] - 1
+    assert r['same'] == r['runs'] == 2*(len(some) + 2) and r['kills'] >= r['runs'] - 1
 
 
 @pytest.fixture(scope='module')

@@ -283,6 +283,19 @@ def test_wrong_settings(wrong, text):
     with pytest.raises(ValueError, match=text): MultiCrop(8, **wrong)
 
 
+@pytest.mark.parametrize('globals,locals', [(1, 0), (2, 3)])
+def test_a_picture_has_each_box_and_each_crop(globals, locals):
+    x = torch.rand(2, 3, 30, 40, generator=gen())
+    views = MultiCrop(16, 8, globals=globals, locals=locals)(x, gen(2))
+    fig = views.show(x, 1)
+    shown = lambda ax: torch.tensor(np.asarray(ax.images[0].get_array())).permute(2, 0, 1).float()
+    photo, *crops = [ax for ax in fig.axes if ax.images]
+    close(shown(photo), x[1], .01)
+    close(torch.tensor([[*r.get_xy(), r.get_width(), r.get_height(), r.get_linestyle() == '--'] for r in photo.patches]), views.boxes[:, 1], 1e-4)
+    assert len(crops) == globals + locals == sum(ax.axison for ax in fig.axes if ax is not photo)
+    for v, ax in enumerate(crops): close(shown(ax), views.view(v)[1], .01)
+
+
 def test_wrong_input():
     with pytest.raises(ValueError, match='a batch is'): MultiCrop(8)(torch.rand(3, 8, 8))
     with pytest.raises(ValueError, match='do not fit boxes of 3 views of 2 images'):

@@ -2,12 +2,12 @@
 
     python tools/notebooks.py run [nbs/01_patches.ipynb ...]   execute in place, keep light outputs, export the package
     python tools/notebooks.py readme                           make README.md from nbs/index.ipynb
+    python tools/notebooks.py imported [nbs/01_patches.ipynb ...]   run each against the package: nothing is written, nbdev is not needed
 """
-import os, re, sys
+import json, multiprocessing, os, re, sys, symtable, time, traceback
+from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
 
 root = Path(__file__).resolve().parents[1]
 
@@ -24,6 +24,8 @@ def light(output):
 
 def run(path):
     "Execute one notebook where it lies and strip it to what a reader needs"
+    import nbformat
+    from nbclient import NotebookClient
     nb = nbformat.read(path, 4)
     NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell in nb.cells:
@@ -34,6 +36,7 @@ def run(path):
 
 def readme():
     "README.md is the page nbs/index.ipynb: its text and what its visible cells show"
+    import nbformat
     nb, out = nbformat.read(root/'nbs/index.ipynb', 4), []
     for cell in nb.cells:
         if cell.cell_type == 'markdown': out.append(cell.source.replace('](images/', '](nbs/images/'))
@@ -47,6 +50,83 @@ def readme():
                 elif 'text/plain' in data or o.output_type == 'stream':
                     out.append('```\n' + (data.get('text/plain') or o.text).rstrip() + '\n```')
     return '\n\n'.join(s.strip() for s in out) + '\n'
+
+
+# a notebook as a test: each in a process of its own, forked from a server that has imported the heavy libraries once
+# (but not fastai, which changes torch.Tensor)
+heavy = ['torch', 'torchvision', 'timm', 'matplotlib.pyplot', 'sklearn.datasets', 'IPython.core.interactiveshell']
+minutes = 15
+
+
+def flags():
+    "Directives whose cells are no tests"
+    settings = ConfigParser()
+    settings.read(root/'settings.ini')
+    return settings['DEFAULT']['tst_flags'].split()
+
+
+def server(*modules):
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload([*heavy, *modules])
+    return ctx
+
+
+def _send(pipe, how, *args): pipe.send(how(*args))
+
+
+def run_apart(ctx, how, *args, minutes=minutes):
+    "`how(*args)`, whether a notebook passes and what it said, in a process of its own. No pool's worker: those may have no children, as a DataLoader's are"
+    here, there = ctx.Pipe(duplex=False)
+    process = ctx.Process(target=_send, args=(there, how, *args))
+    process.start()
+    there.close()
+    try: return here.recv() if here.poll(60*minutes) else (False, f'still running after {minutes} minutes')
+    except EOFError:
+        process.join()
+        return False, f'the process died with exit code {process.exitcode}'
+    finally:
+        if process.is_alive(): process.join(5)
+        process.kill()
+
+
+def directives(source):
+    "What the first lines of a cell ask: {'eval': 'false', 'export': ''}"
+    top = re.match(r'(?:[ \t]*(?:#[ \t]*\|.*)?(?:\n|$))*', source)[0]
+    return dict(re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$', top, re.M))
+
+
+def bound(source): return {s.get_name() for s in symtable.symtable(source, 'cell', 'exec').get_symbols() if s.is_assigned() or s.is_imported()}
+
+
+def imported(path, skip):
+    "Run a notebook against the package: an export cell only imports, from the exported module, what it would define"
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    from traitlets.config import Config
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    said = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'raw')
+    if re.search(r'^skip_exec:\s*(true|yes|on|1)\s*$', said, re.M | re.I): return True, ''
+    sys.path.insert(0, str(root))
+    os.chdir(path.parent)
+    shell, module = InteractiveShell.instance(config=Config(HistoryManager=dict(enabled=False))), None
+    shell.enable_gui = lambda gui=None: None
+    shell.enable_matplotlib('inline')
+    unshown = []
+    shell.showtraceback = lambda exc=None, **_: unshown.append((exc or sys.exc_info())[1]) # IPython lets a cell pass whose value has a broken repr
+    for cell in cells:
+        source = ''.join(cell['source'])
+        asked = directives(source) if cell['cell_type'] == 'code' else {'eval': 'false'}
+        if 'default_exp' in asked: module = f'relvit.{asked["default_exp"]}'
+        if asked.get('eval', '').lower() == 'false' or set(skip) & asked.keys() or 'nbdev_export(' in source: continue
+        if asked.keys() & {'export', 'exporti', 'exports'}:
+            try: have = vars(import_module(module))
+            except Exception: return False, traceback.format_exc()
+            shell.push({n: have[n] for n in bound(source) if n in have})
+            continue
+        with capture_output(): # reprs are made, as for a reader
+            ran = shell.run_cell(source)
+        if e := ran.error_before_exec or ran.error_in_exec or (unshown and unshown[0]): return False, ''.join(traceback.format_exception(e))
+    return True, ''
 
 
 if __name__ == '__main__':
@@ -63,5 +143,13 @@ if __name__ == '__main__':
             run(path)
         nbdev_clean()
         nbdev_export()
+    elif what == 'imported':
+        failed, ctx, skip = [], server(), flags()
+        for path in [Path(n).resolve() for n in names] or pages():
+            start = time.perf_counter()
+            passed, err = run_apart(ctx, imported, path, skip)
+            print(f'{path.relative_to(root)} {"passed" if passed else "FAILED"} {time.perf_counter() - start:.1f} s', flush=True)
+            if not passed: failed.append(print(err))
+        sys.exit(f'{len(failed)} failed' if failed else 0)
     elif what == 'readme': (root/'README.md').write_text(readme(), encoding='utf-8')
     else: sys.exit(__doc__)
