@@ -351,7 +351,7 @@ def __str__(self:NotFinite):
     c = self.checkpoint
     kept = (f' The last good state, {c["path"]} of epoch {c["epoch"]}, step {c["step"]}, is as it was: to resume leads here again, '
             'unless an image was at fault and is mended; a new run may begin with its weights (init).' if c else
-            ' No state was saved before it.' if self.record else '')
+            f' No state was saved before it: try again by another name, or delete {self.record.parent}.' if self.record else '')
     done = ' and the step was not taken' if self.training else ''
     return f'{self.said}{done}. {files}{seen}.{kept}' + (f' What may help: {", ".join(self.help)}.' if self.help else '')
 
@@ -373,7 +373,7 @@ class FiniteLosses(Callback):
     def check(self, values):
         "One number to wait for; of several processes all stop where one has to"
         fine = torch.stack([v.float().mean() for v in values]).isfinite().all()
-        if several := dist.is_available() and dist.is_initialized(): dist.all_reduce(fine := fine.float(), dist.ReduceOp.MIN)
+        if several := getattr(self.learn.dls.train, 'world', 1) > 1: dist.all_reduce(fine := fine.float(), dist.ReduceOp.MIN)
         if bool(fine): return
         self.error = self.found(several)
         self.learn.opt.zero_grad() # or what comes next would begin with it

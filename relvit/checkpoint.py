@@ -80,11 +80,11 @@ def write_whole(path, # where the file shall be
     return path
 
 # %% ../nbs/34_checkpoint.ipynb #83b4b0bd
-DEAD = re.compile(r'\..+\.[a-z0-9_]{8}|\.tmp\w{6}') # what `write_whole` leaves when it is killed; what safetensors leaves
+DEAD = re.compile(r'\..+\.(safetensors|jsonl?|csv|png)\.[a-z0-9_]{8}|\.tmp\w{6}') # what `write_whole` leaves when it is killed; what safetensors leaves
 
-def sweep(folder):
-    "Take away what killed processes left of files that they were writing. Only for who alone writes into the folder"
-    for f in Path(folder).glob('.*'):
+def sweep(folder, of=''): # a file; all
+    "Take away what killed processes left of files that they were writing. Only for who alone writes them"
+    for f in Path(folder).glob(f'.{of}*'):
         if not DEAD.fullmatch(f.name): continue
         if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
         else: f.unlink(missing_ok=True)
@@ -248,7 +248,7 @@ def _arguments(meta):
     if (meta.get('encoder') or {}).get('name'): return {k: v for k, v in meta['encoder'].items() if k != 'pretrained'} # the weights are here
     if not (args := dict(meta.get('timm') or {})): return {}
     cfg = args.pop('pretrained_cfg_overlay')
-    for k in ('num_classes', 'global_pool', 'fc_norm'): args.pop(k, None)
+    for k in ('num_classes', 'global_pool', 'fc_norm', 'pretrained'): args.pop(k, None)
     name, size = args.pop('model_name'), args.pop('img_size', cfg['input_size'][1:])
     p = args.pop('patch_size', None) if name.startswith(('vit_', 'deit_', 'deit3_')) else None # of others it is an argument like the rest
     return dict(name=name, img_size=tuple(size), p=tuple(p) if isinstance(p, list) else p, cls=args.pop('class_token', True),

@@ -19,8 +19,8 @@ from .plots import plt
 from .tasks import bare
 
 # %% auto #0
-__all__ = ['provenance', 'Run', 'SeedSteps', 'save_state', 'load_state', 'RecordRun', 'better', 'tracker', 'figures', 'plot_run',
-           'plot_metrics', 'list_runs', 'compare']
+__all__ = ['FILES', 'FOLDERS', 'WRITTEN', 'CLAIMED', 'provenance', 'Run', 'SeedSteps', 'save_state', 'load_state', 'RecordRun',
+           'better', 'tracker', 'figures', 'plot_run', 'plot_metrics', 'list_runs', 'compare']
 
 # %% ../nbs/36_runs.ipynb #e8a2ec32
 def provenance() -> dict:
@@ -41,6 +41,10 @@ def provenance() -> dict:
 
 # %% ../nbs/36_runs.ipynb #755a3c0b
 def _write_json(path, value): return write_whole(path, lambda f: Path(f).write_text(json.dumps(value, indent=1)))
+
+FILES = 'data.json', 'recipe.json', 'environment.json', 'log.txt', 'metrics.jsonl', 'stopped.json', 'best.safetensors', '.lock', 'config.json' # the last tells a run
+FOLDERS = 'figures', 'tensorboard', 'wandb'
+WRITTEN = *FILES, *FOLDERS, 'last.safetensors', 'summary.json'
 
 class Run:
     "The record of one run in a folder. Raises FileNotFoundError for a folder that holds none"
@@ -74,15 +78,14 @@ class Run:
         "Take away what was written of a run that has no state yet"
         if self.last.exists(): raise ValueError(f'{self.path} was begun; delete it yourself')
         sweep(self.path)
-        for f in ('data.json', 'recipe.json', 'environment.json', 'log.txt', 'metrics.jsonl', 'stopped.json', 'best.safetensors', '.lock', 'config.json'):
-            (self.path/f).unlink(missing_ok=True)
-        for f in ('figures', 'tensorboard', 'wandb'): shutil.rmtree(self.path/f, ignore_errors=True)
+        for f in FILES: (self.path/f).unlink(missing_ok=True)
+        for f in FOLDERS: shutil.rmtree(self.path/f, ignore_errors=True)
         if not any(self.path.iterdir()): self.path.rmdir() # else something of somebody else's lies there
 
     def without_links(self):
-        "Raises ValueError where something in the folder is a link: what is written there would be written elsewhere"
+        "Raises ValueError where something that a run writes is a link: it would be written elsewhere"
         for f in (*self.path.iterdir(), *(self.path/'figures').glob('*')):
-            if f.is_symlink(): raise ValueError(f'{f} is a link to elsewhere, where a run must not write: put the file itself in its place')
+            if f.is_symlink() and (f.name in WRITTEN or f.suffix in ('.json', '.png')): raise ValueError(f'{f} is a link to elsewhere, where a run must not write: put the file itself in its place')
 
     def _json(self, name):
         try: said = json.loads(f.read_text()) if (f := self.path/name).is_file() else {}
@@ -202,6 +205,8 @@ class RecordRun(Callback):
         if not self.run: return
         if any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
             raise ValueError('start_epoch leaves epochs out, and restores neither weights nor schedule: a run goes on with RecordRun(run, resume=True)')
+        if not self.resume and (self.record.last.exists() or self.record.summary):
+            raise ValueError(f'{self.record.path} holds a fit already, and a run is one fit: give this one a RecordRun of its own, or resume=True')
         self._claim()
         if self.seeds not in self.learn.cbs: self.learn.add_cb(self.seeds)
         self.place, self.seeds.start, self.began = {}, (0, 0), time.time()
@@ -232,17 +237,25 @@ def _restore(self:RecordRun):
     self.seeds.start = self.place['epoch'], self.place['iter']
     self._say(f"goes on at epoch {self.place['epoch']}, step {self.place['iter']}")
 
+CLAIMED = set() # folders of the fits that this process is at
+
 @patch
 def _claim(self:RecordRun):
     "Two processes would write over each other: the second is refused. The system takes the lock from a process that is killed"
     if not self.writes: return
-    try: self.claim = open(self.record.path/'.lock', 'a')
-    except OSError as e: raise unwritten(self.record.path/'.lock', e) from e
+    place = self.record.path.resolve()
+    if place in CLAIMED: raise ValueError(f'{self.record.path} is being trained by this process already: two would write over each other')
+    try: lock = open(place/'.lock', 'a') # once: a process that closes any handle of it gives it back
+    except OSError as e: raise unwritten(place/'.lock', e) from e
     try:
         import fcntl
-        fcntl.lockf(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError): raise ValueError(f'{self.record.path} is being trained by another process: two would write over each other') from None
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        raise ValueError(f'{self.record.path} is being trained by another process: two would write over each other') from None
     except (ImportError, OSError): pass # Windows, and network file systems without locks
+    self.claim = place, lock
+    CLAIMED.add(place)
     for f in (self.record.path, self.record.path/'figures'): sweep(f)
 
 @patch
@@ -250,7 +263,10 @@ def _release(self:RecordRun):
     "Give back what was taken for a fit: signals, the seeds' callback, the lock"
     self._deafen()
     if self.learn and self.seeds in self.learn.cbs: self.learn.remove_cb(self.seeds)
-    if self.claim: self.claim.close()
+    if self.claim is None: return
+    place, lock = self.claim
+    CLAIMED.discard(place)
+    lock.close()
     self.claim = None
 
 @patch
@@ -414,6 +430,10 @@ def tracker(kind, # 'tensorboard' (into the run folder) or 'wandb' (where its ow
             import wandb
             from fastai.callback.wandb import WandbCallback
             class Tracked(WandbCallback):
+                def before_fit(self):
+                    self.learn.gather_args = dict # the whole configuration was told at `init`; fastai 2.8.12 fails over taking modules apart for it
+                    super().before_fit()
+                    del self.learn.gather_args
                 def after_fit(self):
                     super().after_fit()
                     wandb.finish()

@@ -65,6 +65,7 @@ def _create(name, img_size, p, cls, kwargs):
     vit, t2t = name.startswith(('vit_', 'deit_', 'deit3_')), name.startswith('t2t_')
     if odd := [k for k in ('checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir') if k in kwargs]: # a file may say so too
         raise ValueError(f'{odd[0]} would have timm read weights, or write them, anywhere: leave it out, and load(path, encoder) of relvit.checkpoint reads safetensors')
+    if name.startswith('local-dir:'): raise ValueError(f'{name}: timm may unpickle what lies there; a timm name, and load(path, encoder) of relvit.checkpoint, reads safetensors')
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''

@@ -11,7 +11,6 @@ from fastai.callback.core import Callback, CancelFitException
 from functools import partial, singledispatch
 from pathlib import Path
 from tqdm import tqdm
-from typeguard import TypeCheckError, check_type
 from typing import Literal
 from .augment import parse_augment
 from .callbacks import MegaPatches
@@ -113,6 +112,12 @@ def parse_task_args(pairs, # like dino.out=1024 selfpatch.border=clip
         out.setdefault(name, {})[arg] = tuple(v) if isinstance(v, list) else v
     return out
 
+def _is_a(v, hint): # typeguard is slow to import
+    from typeguard import TypeCheckError, check_type
+    try: check_type(v, hint)
+    except TypeCheckError: return False
+    return not isinstance(v, bool) or 'bool' in str(hint) # True is no 1
+
 def change_recipe(name, pairs # like mixup=0
                   ) -> Recipe:
     "A recipe with other numbers. Raises ValueError for an unknown field or an impossible value"
@@ -123,10 +128,7 @@ def change_recipe(name, pairs # like mixup=0
             raise ValueError(f'a recipe has no {k!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it has {", ".join(hints)}'))
         if hints[k] is float and isinstance(v, int) and not isinstance(v, bool): new[k] = float(v)
         if hints[k] is tuple: new[k] = tuple(v) if isinstance(v, list) else v
-        try:
-            check_type(new[k], hints[k])
-            if isinstance(v, bool) and 'bool' not in str(hints[k]): raise TypeCheckError('')
-        except TypeCheckError: raise ValueError(f'{k} of a recipe must be {_in_words(hints[k])}, not {v!r}') from None
+        if not _is_a(new[k], hints[k]): raise ValueError(f'{k} of a recipe must be {_in_words(hints[k])}, not {v!r}')
     for k in ('lr', 'wd'): # whose last value keeps its ratio
         if k in new and f'final_{k}' not in new and getattr(r, f'final_{k}') is not None and getattr(r, k): new[f'final_{k}'] = getattr(r, f'final_{k}')*new[k]/getattr(r, k)
     return r.but(**new)
@@ -137,10 +139,7 @@ class Settings:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            try:
-                check_type(v := getattr(self, f.name), hints[f.name])
-                if isinstance(v, bool) and 'bool' not in str(hints[f.name]): raise TypeCheckError('') # True is no 1
-            except TypeCheckError: raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}') from None
+            if not _is_a(v := getattr(self, f.name), hints[f.name]): raise ValueError(f'{f.name} must be {_in_words(hints[f.name])}, not {v!r}')
             if v == '': raise ValueError(f'{f.name} must not be empty; leave it out for what is usual')
         for what, holds, names in LIMITS:
             for k in names.split():
@@ -413,7 +412,7 @@ def _start(c, splits, dls, recipe):
     std = None if c.pos_std == .02 and not plain else c.pos_std
     encoder = TokenEncoder(c.encoder, img_size=splits.img_size, pos_std=std, mean=dls.mean, std=dls.std,
                            **({'in_chans': dls.channels} if dls.channels != 3 else {}), **p, **args)
-    if c.init and (report := load(path, encoder)).missing: warnings.warn(repr(report))
+    if c.init and (report := load(path, encoder)).lost: warnings.warn(repr(report))
     return encoder
 
 # %% ../nbs/39_training.ipynb #d5c97db2
@@ -559,11 +558,13 @@ def train(c:Config=None, # what to do
     if resume:
         run = Run(resume)
         if run.summary:
-            sweep(run.path) # it may have been killed just then
+            sweep(run.path, 'summary.json') # it may have been killed just then
             raise ValueError(f'{run.path} is finished; there is nothing to go on with')
         writable(run.path)
         run.without_links()
         c = config_of(run).but(**device)
+        if ':' in c.encoder and not run.last.exists(): # else a folder that was handed on could name any weights
+            raise ValueError(f'{run.path} has no state yet, and its encoder would come from {c.encoder}: begin it anew')
         learn = make_learner(c, encoder=load_encoder(run.last) if run.last.exists() else None,
                              recipe=recipe_of(run))
         same_data(run, learn.dls.splits)

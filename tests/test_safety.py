@@ -1,5 +1,5 @@
 "Nothing that is read can run: pickles, archives, names, tags and run folders of a stranger are refused, and leave no trace."
-import ast, gzip, io, json, os, pickle, re, shutil, tarfile, warnings, zipfile
+import ast, gzip, http.client, io, json, os, pickle, re, shutil, tarfile, warnings, zipfile
 from pathlib import Path
 
 import h5py, numpy as np, pytest, torch, torchvision, yaml
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from relvit import shards
 from relvit.boxes import open_boxes
-from relvit.checkpoint import load_encoder, read_meta, save
+from relvit.checkpoint import encoder_config, load_encoder, read_meta, save
 from relvit.cli import main
 from relvit.datasets import digits, open_data
 from relvit.images import Unreadable, table_files
@@ -246,6 +246,31 @@ def test_a_shard_is_not_unpacked(mark, tmp_path, monkeypatch):
     assert x.equal(digits()[0].x[[0, 1, 6]]) and [f.name for f in Path().iterdir()] == ['a.tar'] and sorted(f.name for f in tmp_path.iterdir()) == ['in', 'secret.png']
 
 
+def test_only_what_is_used_of_a_shard_is_read(tmp_path, monkeypatch):
+    "A film beside the images may be of any size, and what webdataset notes is no sample"
+    monkeypatch.setattr(shards, 'LARGEST', 10**4)
+    files = [('__info__/0.json', b'{}'), ('__index__', b'x'), ('__meta__/0.png', b'x')]
+    files += [(f'{i}.{kind}', data) for i in range(3) for kind, data in (('mp4', bytes(10**5)), ('png', png(i)), ('cls', b'4'))]
+    f = write_tar(tmp_path/'a.tar', [*files, ('3.json', b'{}')])
+    assert all(not m['data'] for m in shards.members([str(f)]) if m and m['fname'].endswith(('mp4', 'json')))
+    with pytest.warns(UserWarning, match='^3 of .*a.tar is unreadable') as told:
+        got = [(x, y) for x, y in Shards([str(f)], 16, channels=1).stream(0, shuffle=False)]
+    assert torch.stack([x for x, _ in got]).equal(digits()[0].x[:3]) and [y for _, y in got] == [4]*3 and len(told) == 1
+
+
+class BreaksOff(io.BytesIO):
+    "What comes over HTTP, and no longer comes after some of it"
+    def read(self, n=-1):
+        if self.tell() + n > 2048: raise http.client.IncompleteRead(b'', 100)
+        return super().read(n)
+
+
+def test_a_connection_that_breaks_off(tmp_path, monkeypatch):
+    f = write_tar(tmp_path/'a.tar', [(f'{i}.png', png(i)) for i in range(30)])
+    monkeypatch.setattr(shards, 'urlopen', lambda *args, **kwargs: BreaksOff(f.read_bytes()))
+    with pytest.raises(OSError, match='http://there/a.tar cannot be fetched: IncompleteRead'): [*Shards(['http://there/a.tar'], 16, channels=1).stream(0, shuffle=False)]
+
+
 def test_bombs_are_bounded(tmp_path, monkeypatch):
     "A few KB that unpack to more than a file may have; and what is no whole archive"
     monkeypatch.setattr(shards, 'LARGEST', 10**5)
@@ -313,6 +338,32 @@ def test_names_of_coco(name, secret, tmp_path):
     note = dict(images=[dict(id=1, file_name=name, width=40, height=40)], categories=[dict(id=1, name='a')], annotations=[])
     (tmp_path/'coco/annotations/instances_train.json').write_text(json.dumps(note))
     with pytest.raises(ValueError, match=rf'instances_train.json names {re.escape(name)}, which lies outside of'): open_boxes(tmp_path/'coco')
+
+
+@pytest.mark.parametrize('names,folder', [('{there}/{}.png', 'pictures'), ('../pictures/{}.png', 'coco/pictures'), ('{}.png', 'pictures')])
+def test_where_images_of_coco_may_lie_is_for_the_user_to_say(names, folder, tmp_path, monkeypatch, capsys):
+    "A file of one's own that names images elsewhere: what is refused says how to allow it, and then it is read"
+    monkeypatch.chdir(tmp_path)
+    Path('coco/annotations').mkdir(parents=True)
+    there = Path(folder)
+    there.mkdir(parents=True)
+    for i in range(4): Image.new('RGB', (32, 32)).save(there/f'{i}.png')
+    note = dict(images=[dict(id=i, file_name=names.format(i, there=there.resolve()), width=32, height=32) for i in range(4)], categories=[dict(id=1, name='a')],
+                annotations=[dict(id=i, image_id=i, category_id=1, bbox=[4, 4, 8, 8]) for i in range(4)])
+    Path('coco/annotations/instances_train2017.json').write_text(json.dumps(note))
+    line = ['detect', '--data', 'coco', '--encoder', 'vit_tiny_patch16_224', '--encoder-args', 'embed_dim=24', 'depth=1', 'num_heads=2', '--img-size', '32', '--p', '8',
+            '--min-size', '32', '--device', 'cpu', '--width', '8', '--steps', '1', '--epochs', '1', '--bs', '2', '--name', 'x']
+    if names != '{}.png':
+        err = said(line, capsys)
+        assert re.search(r'which lies outside of coco.train2017; say which folder holds the images: .*--data-args images=FOLDER', err), err
+    s = open_boxes('coco', images=there)
+    assert s.train.name == 'train2017' and len(s.train) + len(s.valid) == 4 and s.in_use['images'] == str(there)
+    assert said([*line, '--data-args', f'images={there}'], capsys, 0) is not None
+    with pytest.raises(ValueError, match='which lies outside of coco.annotations'):
+        (tmp_path/'secret.png').write_bytes(b'x')
+        note['images'][0]['file_name'] = '../../secret.png'
+        Path('coco/annotations/instances_train2017.json').write_text(json.dumps(note))
+        open_boxes('coco', images='coco/annotations')
 
 
 def test_names_of_voc(secret, tmp_path):
@@ -415,6 +466,25 @@ def test_weights_that_name_other_weights(how, mark, run, tmp_path, capsys):
     (run/'last.safetensors').unlink()
     change(run, encoder_args=[f'checkpoint_path={tmp_path/"evil.pth"}'])
     assert 'checkpoint_path would have timm' in said(['pretrain', '--resume', run], capsys)
+
+
+def test_an_encoder_that_timm_would_fetch(mark, run, tmp_path, capsys):
+    "timm's `local-dir:` reads whatever lies there, pickles too in some versions; a file or a run that was handed on fetches nothing"
+    (tmp_path/'evil').mkdir()
+    (tmp_path/'evil/config.json').write_text(json.dumps(dict(architecture='vit_tiny_patch16_224', pretrained_cfg=dict(tag='x'))))
+    WRITERS['zipped'](tmp_path/'evil/pytorch_model.bin', Evil(mark))
+    name = f'local-dir:{tmp_path/"evil"}'
+    assert 'timm may unpickle' in said(['pretrain', '--encoder', name, '--encoder-args', 'pretrained=true', '--out', tmp_path/'runs', '--steps', 2], capsys)
+    cfg = dict(mean=[.5]*3, std=[.5]*3, input_size=[3, 16, 16])
+    forged = dict(model_name=name, pretrained=True, pretrained_cfg_overlay=cfg)
+    save(TokenEncoder('vit_tiny_patch16_224', img_size=16, p=4, embed_dim=24, depth=1, num_heads=2), tmp_path/'a.safetensors')
+    forge(tmp_path/'a.safetensors', encoder={}, timm=forged)
+    with pytest.raises(ValueError, match='timm may unpickle'): load_encoder(tmp_path/'a.safetensors')
+    forge(tmp_path/'a.safetensors', encoder={}, timm=forged | dict(model_name='vit_tiny_patch16_224'))
+    assert 'pretrained' not in encoder_config(tmp_path/'a.safetensors')
+    (run/'last.safetensors').unlink()
+    change(run, encoder='hf-hub:stranger/model', encoder_args=['pretrained=true'])
+    assert 'has no state yet, and its encoder would come from hf-hub:stranger/model' in said(['pretrain', '--resume', run], capsys)
 
 
 def test_a_name_of_an_encoder_is_no_path(tmp_path, capsys):

@@ -134,9 +134,11 @@ def test_what_kills_left_is_taken_away(home, tmp_path):
     for name in dead: (run.path/name).write_bytes(b'0'*1000)
     (run.path/'.best.safetensors.zzzzzzzz').mkdir()
     (run.path/'.best.safetensors.zzzzzzzz/.tmpabcdef').touch()
-    for name in ('.mine', 'notes.txt'): (run.path/name).touch()
+    mine = {'.mine', '.notes.markdown', '.x.download'}
+    for name in (*mine, 'notes.txt'): (run.path/name).touch()
+    (run.path/'data').symlink_to(tmp_path) # is written nowhere
     quietly(resume=run.path)
-    assert hidden(run.path) == ['.mine'] and (run.path/'notes.txt').exists()
+    assert {*hidden(run.path)} == mine and (run.path/'notes.txt').exists()
     sweep(tmp_path/'nowhere')
 
 
@@ -163,7 +165,21 @@ def test_two_processes_do_not_train_one_run(home, tmp_path):
     with pytest.raises(ValueError, match='is being trained by another process'): quietly(resume=run.path)
     holds.kill()
     holds.communicate()
-    assert quietly(resume=run.path).summary
+
+    class Beside(Callback):
+        "Another fit of the same run, begun in the middle of this one"
+        def before_train(self):
+            with pytest.raises(ValueError, match='by this process already'): quietly(resume=run.path)
+    assert quietly(resume=run.path, cbs=[Beside()]).summary
+
+
+def test_a_run_is_one_fit(tmp_path):
+    "A second fit would write over the record of the first"
+    learn, recorder = make_learner(Pretrain(**tiny)), RecordRun(tmp_path/'a')
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=recorder)
+        with pytest.raises(ValueError, match='holds a fit already'): learn.fit(1, cbs=recorder)
+    assert len(Run(tmp_path/'a').metrics) == 2
 
 
 def test_an_error_gives_back_what_the_fit_took(home, tmp_path):
