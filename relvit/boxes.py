@@ -351,14 +351,15 @@ def read_voc(root, # folder `VOC2007`, or one that holds it
 # %% ../nbs/42_boxes.ipynb #2f32eb8d
 def _lengths(text):
     "The run lengths that COCO packed into a text: five bits a character, the lowest first, from the third on as a difference to the last but one"
-    out, v, shift = [], 0, 0
-    for c in text.encode() if isinstance(text, str) else text:
-        v, shift = v | (c - 48 & 31) << shift, shift + 5
-        if c - 48 & 32: continue
-        if c - 48 & 16: v -= 1 << shift
-        out.append(v + (out[-2] if len(out) > 2 else 0))
-        v = shift = 0
-    return out
+    c = np.frombuffer(text.encode() if isinstance(text, str) else bytes(text), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(c & 32 == 0) # of the characters of each number
+    if not len(last): return []
+    c, first = c[:last[-1] + 1], np.r_[0, last[:-1] + 1]
+    place = np.arange(len(c)) - np.repeat(first, last + 1 - first)
+    if place.max() > 6: raise ValueError('the run lengths of its mask are larger than any image')
+    v = np.add.reduceat((c & 31) << 5*place, first) - ((c[last] & 16) << 5*place[last] + 1) # the highest bit is a sign
+    v[1::2], v[2::2] = v[1::2].cumsum(), v[2::2].cumsum()
+    return v.tolist()
 
 def _segmentation(s, h, w):
     "A mask as it is stored, coordinates as arrays, an eighth of the memory. Raises ValueError for what pycocotools would read beyond its end"
@@ -395,7 +396,7 @@ def _instances(file):
 # %% ../nbs/42_boxes.ipynb #637815d2
 def read_coco(root, # a folder with `annotations/instances_<part>.json` and `<part>/`, or a JSON file
               part='train2017',
-              images=None, # folder of images, with a JSON file
+              images=None, # folder that holds all images; the JSON's neighbour `<part>` if None
               masks=True, # keep them, where every object has one
               drop_empty=False, # leave images without an object out
               **kwargs # check, most_unreadable
@@ -405,20 +406,23 @@ def read_coco(root, # a folder with `annotations/instances_<part>.json` and `<pa
     folder = Path(images) if images else file.parent.parent/part
     if not file.is_file(): raise FileNotFoundError(f'there is no {file}; there are {", ".join(_coco_parts(root)) or "no parts"}')
     seen, kinds, notes = _instances(file)
+    cure = '; say which folder holds the images: images=FOLDER, of a command --data-args images=FOLDER'
     place, label = {im['id']: i for i, im in enumerate(seen)}, {c['id']: k + 1 for k, c in enumerate(kinds)}
-    images = _each(lambda im: (below(folder, im['file_name'], file), (int(im.get('height') or 0), int(im.get('width') or 0))), seen, 'image', file)
+    def at(name): # what leads out of `images` starts from the folder of `file`
+        return below(folder, name, file, start=file.parent if images and Path(name).parts[:1] == ('..',) else None, cure=cure)
+    found = _each(lambda im: (at(im['file_name']), (int(im.get('height') or 0), int(im.get('width') or 0))), seen, 'image', file)
     lack = sum(not (isinstance(a, dict) and a.get('segmentation')) for a in notes)
     if masks and 0 < lack < len(notes): warnings.warn(f'{lack} of {len(notes)} objects of {file.name} have no mask: all are read without')
     masks = masks and not lack
     def note(a):
         if (i := place.get(a['image_id'])) is None: raise ValueError(f'its image {a["image_id"]} is not listed')
         if not isinstance(a['bbox'], list) or len(a['bbox']) != 4: raise ValueError(f'its bbox is no list of four numbers: {a["bbox"]}')
-        return i, label.get(a['category_id'], -1), [float(v) for v in a['bbox']], bool(a.get('iscrowd')), _segmentation(a['segmentation'], *images[i][1]) if masks else None
+        return i, label.get(a['category_id'], -1), [float(v) for v in a['bbox']], bool(a.get('iscrowd')), _segmentation(a['segmentation'], *found[i][1]) if masks else None
     notes = sorted(_each(note, notes, 'annotation', file), key=lambda n: n[0])
     of, labels, boxes, crowd, stored = ([n[k] for n in notes] for k in range(5))
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    ds = _made(folder.name, _each(lambda c: str(c['name']), kinds, 'category', file), [f for f, _ in images], of, boxes, labels, [size for _, size in images],
+    ds = _made(folder.name if file == Path(root) else part, _each(lambda c: str(c['name']), kinds, 'category', file), [f for f, _ in found], of, boxes, labels, [size for _, size in found],
                crowd=crowd, masks=stored if masks else None, **kwargs)
     ds.category_ids = [c['id'] for c in kinds]
     if drop_empty: ds = ds.subset(ds.of[~ds.crowd].unique())
@@ -585,7 +589,7 @@ def open_boxes(data, # folder, or 'shapes'
                valid=.1, # share of the training images that is held out to choose on, where no part of its own is for that
                seed=0, # of what is held out
                masks:bool=None, # COCO brings them unless False, VOC if True, and then only the images that have some
-               **kwargs # check, most_unreadable; year (VOC, COCO), drop_empty (COCO), share (KITTI), extra (SVHN); n, size (shapes)
+               **kwargs # check, most_unreadable; year (VOC, COCO), images, drop_empty (COCO), share (KITTI), extra (SVHN); n, size (shapes)
               ) -> BoxSplits:
     "Data with boxes by place, its parts named; 'shapes' needs no file. Raises ValueError for a folder of no known format"
     if not 0 < valid < 1: raise ValueError(f'valid is a share between 0 and 1, not {valid}')
@@ -606,5 +610,6 @@ def open_boxes(data, # folder, or 'shapes'
         s = FORMATS[format][1](data, valid, seed, **kwargs, **own)
     if masks is False:
         for ds in filter(None, s.parts.values()): ds.masks = None
-    s.format, s.in_use = format, dict(data=str(data), valid=valid, seed=seed, masks=masks, **kwargs)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in kwargs.items()}
+    s.format, s.in_use = format, dict(data=str(data), valid=valid, seed=seed, masks=masks, **plain)
     return s

@@ -199,11 +199,11 @@ def make_dls(s:Splits, # of `open_data`
     train = s.train
     if isinstance(train, Shards):
         if labels: raise ValueError('shards are a stream; a few labels of each class cannot be picked from it')
-    elif labels: train = few_labels(train, labels, seed)
-    elif labelled:
+    elif labels or labelled:
         if not train.labelled: raise ValueError(f'no image of {train.name} has a label; pretraining needs none, this does')
         if len(train.vocab) == 1: raise ValueError(f'{train.name} has only one class, {train.vocab[0]}, and nothing to tell apart; a folder for each class, or a table of labels, says more')
-        if train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])
+        if labels: train = few_labels(train, labels, seed)
+        elif train.labelled < len(train): train = train.subset((train.y >= 0).nonzero()[:, 0])
     move = partial(random_shift, pad=s.pad) if s.crop == 'shift' else partial(random_resized_crop, size=s.img_size, scale=scale)
     augment = [*([] if whole else [move]*(s.crop != 'shift' or s.pad > 0) + [random_flip]*s.flip), *extra]
     dls = image_dls(train, s.valid, s.test, bs, augment, s.img_size, steps, device, num_workers, s.fit, seed, s.mean, s.std, hold)

@@ -48,7 +48,7 @@ def _why(e):
         return f'it claims {int(found[1]):,} pixels, as decompression bombs do; an image that is so large has to be made smaller' if found else str(e)
     return getattr(e, 'strerror', None) or str(e) or type(e).__name__
 
-BROKEN = OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, struct.error, zlib.error # what PIL raises for broken files, beside its own
+BROKEN = OSError, ValueError, SyntaxError, EOFError, OverflowError, RuntimeError, struct.error, zlib.error # what PIL raises for broken files, beside its own
 
 def read_image(source, # path, open file or PIL image
                side:int, # pixels of the shorter side, then the middle square
@@ -185,25 +185,39 @@ def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a nu
 # %% ../nbs/04_images.ipynb #16ed0c17
 def below(root, name, # of a file, as some text names it
           of, # that text, for what is said of it
-          absolute=False # may it be an absolute path to anywhere?
+          absolute=False, # may it be an absolute path to anywhere?
+          start=None, # folder that the name starts from; `root` if None
+          cure='' # what can be done about it, said behind the error
          ) -> Path:
     "A file that data names. Raises ValueError for one outside of `root`, links as they are written"
-    base, name = os.path.abspath(root), str(name)
+    name = str(name)
     if '\0' in name: raise ValueError(f'{of} names {name!r}, which no file is called')
     if absolute and os.path.isabs(name): return Path(name)
-    if os.path.commonpath([base, os.path.abspath(os.path.join(base, name))]) != base:
-        raise ValueError(f'{of} names {name}, which lies outside of {root}')
-    return Path(root)/name
+    path = os.path.join(start or root, name)
+    if start or os.name == 'nt' or os.path.isabs(name) or '..' in name: # any other name stays below
+        path = os.path.normpath(path) # what is judged is what is read, wherever a link on the way may lead
+        base, full = _plain(root), _plain(path)
+        if full != base and not full.startswith(base.rstrip(os.sep) + os.sep):
+            raise ValueError(f'{of} names {name}, which lies outside of {root}{cure}')
+    return Path(path)
+
+def _plain(path):
+    "One text for a place: //a is /a, though it may not be by POSIX"
+    return os.path.normcase(re.sub('^//(?!/)', '/', os.path.abspath(path)))
 
 def files_below(path) -> list[Path]: # sorted
-    "All images in a folder and the folders in it, hidden ones left out. Links are followed, but not back to where they are"
+    "All images in a folder and the folders in it, but for hidden ones and, with a warning, closed ones. Links are followed, not back to where they are"
     from fastai.data.transforms import image_extensions
     def walk(at, above=()):
         if (real := os.path.realpath(at)) in above: return
-        with os.scandir(at) as entries:
+        try: entries = os.scandir(at)
+        except PermissionError as e:
+            if not above: raise
+            return warnings.warn(f'the folder {at} is left out: {e.strerror}')
+        with entries:
             for e in entries:
                 if e.name[0] == '.': continue
-                if e.is_dir(): yield from walk(e.path, (*above, real))
+                if os.path.isdir(e.path) if e.is_symlink() else e.is_dir(): yield from walk(e.path, (*above, real))
                 elif Path(e.name).suffix.lower() in image_extensions and (e.is_file() or e.is_symlink()): yield Path(e.path)
     return sorted(walk(path))
 
@@ -216,7 +230,7 @@ def image_files(path, # folder
     paths = files_below(path) if path.is_dir() else []
     if not paths: raise ValueError(f'there is no image in {path}: no file that ends like .jpg or .png')
     folder = lambda f: f.relative_to(path).parts[0] if len(f.relative_to(path).parts) > 1 else None
-    if vocab is None and (empty := sorted({d.name for d in path.iterdir() if d.is_dir() and d.name[0] != '.'} - {folder(f) for f in paths})):
+    if vocab is None and (empty := sorted({d.name for d in path.iterdir() if os.path.isdir(d) and d.name[0] != '.'} - {folder(f) for f in paths})):
         warnings.warn(f'{path} has no image in its folder{"s"*(len(empty) > 1)} {", ".join(empty[:5])}, so no class of that name')
     return _named(paths, [folder(f) for f in paths], side, path.name, channels, vocab)
 

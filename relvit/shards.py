@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_shards.ipynb #6c61734c
 from __future__ import annotations
-import io, lzma, random, tarfile, warnings, zlib, torch
+import io, lzma, random, re, tarfile, warnings, zlib, torch
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
@@ -12,11 +12,12 @@ from urllib.request import url2pathname, urlopen
 from .images import Images, Unreadable, read_image
 
 # %% auto #0
-__all__ = ['KINDS', 'LARGEST', 'place_of', 'members', 'Shards', 'held_out']
+__all__ = ['KINDS', 'LARGEST', 'META', 'place_of', 'members', 'Shards', 'held_out']
 
 # %% ../nbs/05_shards.ipynb #e86bb48f
 KINDS = 'jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff', 'ppm'
-LARGEST = 2**28 # bytes of a file in a shard; an archive of zeros is small, and unpacks to any size
+LARGEST = 2**28 # bytes of an image or a label; an archive of zeros is small, and unpacks to any size
+META = re.compile(r'__[^/]*__($|/)') # what webdataset keeps for itself, and no sample
 
 def place_of(url) -> tuple[str, str]: # 'file' or 'http', where
     "What a shard is called means. Raises ValueError for what is no file and no web address"
@@ -27,20 +28,23 @@ def place_of(url) -> tuple[str, str]: # 'file' or 'http', where
     raise ValueError(f'{url} is neither a file nor http: a shard is read, and no command is run for it')
 
 def members(urls):
-    "Files of tar archives as webdataset groups them. Raises `Unreadable` for what is no archive, or holds a file of more than `LARGEST` bytes"
+    "Files of tar archives as webdataset groups them. Raises `Unreadable` for what is no archive, or holds an image or a label of more than `LARGEST` bytes"
     for url in urls:
         kind, at = place_of(url)
-        try: opened = urlopen(at, timeout=60) if kind == 'http' else open(at, 'rb')
+        try:
+            with urlopen(at, timeout=60) if kind == 'http' else open(at, 'rb') as stream, tarfile.open(fileobj=stream, mode='r|*') as tar:
+                for m in tar:
+                    if m.isreg() and not META.match(m.name): yield dict(fname=m.name, data=_bytes(tar, m, url), __url__=str(url))
+                    tar.members = [] # or it remembers all of them
         except HTTPException as e: raise OSError(f'{url} cannot be fetched: {e}') from e
-        with opened as stream:
-            try:
-                with tarfile.open(fileobj=stream, mode='r|*') as tar:
-                    for m in tar:
-                        if m.isreg() and m.size > LARGEST: raise Unreadable(f'{m.name} of {url} has {m.size:,} bytes, more than {LARGEST:,}')
-                        if m.isreg(): yield dict(fname=m.name, data=tar.extractfile(m).read(), __url__=str(url))
-                        tar.members = [] # or it remembers all of them
-            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e: raise Unreadable(f'{url} is no whole tar archive: {e}') from e
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e: raise Unreadable(f'{url} is no whole tar archive: {e}') from e
         yield {} # the end of an archive ends a sample
+
+def _bytes(tar, m, url):
+    "What an image or a label holds; nothing of other files, which are there for the name of their sample alone"
+    if m.name.split('.')[-1].lower() not in (*KINDS, 'cls'): return b''
+    if m.size > LARGEST: raise Unreadable(f'{m.name} of {url} has {m.size:,} bytes, more than {LARGEST:,}')
+    return tar.extractfile(m).read()
 
 class Shards:
     "Images in tar files. Raises ValueError where a pattern names none, or another than files and http, ImportError without webdataset"

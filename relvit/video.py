@@ -472,8 +472,7 @@ class MaskFolder:
             raise ValueError(f'{path} holds {there[0]}, which was not made here; choose another folder')
         if was is not None and (other := [k for k in settings if settings[k] != was.get(k)]):
             raise ValueError(f'{path} holds masks with {other[0]} = {was.get(other[0])}, not {settings[other[0]]}; choose another folder')
-        self.settings = settings
-        if was is None: self.write()
+        self.settings, self.new = settings, was is None
     def write(self, **more):
         "The record, whole or not at all"
         return write_whole(self.record, lambda f: Path(f).write_text(json.dumps(dict(settings=self.settings, **more), indent=1)))
@@ -492,13 +491,10 @@ _defaults = {k: p.default for k, p in signature(track).parameters.items() if p.d
 def _judged(video): return any(0 < i < len(video) - 1 for i in video.masks)
 
 def _videos(source, part):
-    "A set of videos, each of them looked at"
+    "A set of videos, each of which can be tracked and stored as far as its names and sizes say"
     videos = read_davis(source, part) if isinstance(source, (str, Path)) else [source] if isinstance(source, Video) else list(source)
     names = [v.check().name for v in videos]
     if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f'two videos are called {twice[0]}')
-    for v in videos: # every file is decoded before the first is tracked
-        for i in range(len(v)): v.frame(i)
-        for i in v.masks: v.mask(i)
     if odd := [n for n in names if Path(n).name != n or n == '..']: raise ValueError(f'{odd[0]!r} is no name for a folder of masks: give the video another')
     return videos
 
@@ -519,6 +515,11 @@ def track_objects(encoder, # see `track`; 'pixels', or 'still' (the first mask):
     masks_of = (lambda v: still(v)) if encoder is None else lambda v: track(encoder, v, **kwargs)
     for v in videos: masks_of(v) # raises for what cannot be, before anything is written
     store, scores = out and MaskFolder(out, videos, settings), TrackingScores({})
+    for v in videos: # every file that is still needed is decoded before the first video is tracked
+        if store and store.done(v): continue
+        for i in range(len(v)): v.frame(i)
+        for i in v.masks: v.mask(i)
+    if store and store.new: store.write()
     with tqdm(total=sum(map(len, videos)), unit='frame', disable=None if tell == 'bar' else True) as bar:
         for v in videos:
             _one(v, masks_of, store, scores, measure, bar, tell)

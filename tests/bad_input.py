@@ -3,12 +3,12 @@ that shows them. `python tests/bad_input.py results/bad_input.json` records what
 import contextlib, hashlib, io, json, os, re, shlex, shutil, signal, struct, sys, tempfile, traceback, warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # torch's threads spin; before torch is imported
 os.environ.setdefault('MPLBACKEND', 'Agg')
-os.environ['HF_HUB_OFFLINE'] = '1' # nothing is sought elsewhere
 
-import numpy as np, torch
+import datasets, huggingface_hub, numpy as np, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -137,11 +137,33 @@ FRAMED = re.compile(r'\W*(Value error|Parsing error|Invalid choice|Unrecognized 
 
 def hangs(*_): raise TimeoutError('it hangs')
 
+def offline():
+    "Nothing is sought elsewhere, as long as a case runs; both libraries read the variable when they are imported"
+    modules = patch.object(huggingface_hub.constants, 'HF_HUB_OFFLINE', True), patch.object(datasets.config, 'HF_HUB_OFFLINE', True)
+    return patch.dict(os.environ, HF_HUB_OFFLINE='1'), *modules
+
+@contextlib.contextmanager
+def room(most=2**40):
+    "At most so many bytes of addresses beyond those in use: a kernel that promises any memory (vm.overcommit_memory = 1) kills who takes it"
+    try:
+        import resource
+        used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+    except (ImportError, OSError): # not Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (min(x for x in (used + most, soft, hard) if x != resource.RLIM_INFINITY), hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
 def call(f, line, at):
     "What comes of a command or a call in the working folder: answer, exit code or exception, where it crashed"
     signal.signal(signal.SIGALRM, hangs)
     signal.alarm(100)
-    try: answer = f()
+    try:
+        with room(), contextlib.ExitStack() as alone:
+            for c in offline(): alone.enter_context(c)
+            answer = f()
     except SystemExit as e: return '', e.code, ''
     except Exception as e: return str(e), type(e).__name__, traceback.format_exc()
     finally: signal.alarm(0)

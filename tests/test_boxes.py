@@ -6,6 +6,7 @@ from fastai.learner import Learner
 from hypothesis import assume, given, strategies as st
 from PIL import Image
 
+from relvit import boxes
 from relvit.boxes import (BoxLoader, COLOURS, KITTI, VOC, box_dls, box_set, crop_boxes, decode_masks, flip_boxes, hold_out, open_boxes, read_coco,
                           read_kitti, read_svhn, read_voc, shapes_set, show_boxes, stored_image)
 from relvit.datasets import open_data
@@ -192,6 +193,25 @@ def test_coco_as_its_own_tool_reads_it(tmp_path):
     assert len(read_coco(tmp_path, drop_empty=True)) == 2 and ds.report()['empty'] == 1 and ds[0][1]['masks'].shape == (0, 8, 8)
     back = read_coco(file, images=tmp_path/'train2017', masks=False)
     assert not back.has_masks and back.boxes.equal(ds.boxes)
+
+
+def lengths(text):
+    "Character by character, as COCO's own tool reads them"
+    out, v, shift = [], 0, 0
+    for c in text:
+        v, shift = v | (c - 48 & 31) << shift, shift + 5
+        if c - 48 & 32: continue
+        if c - 48 & 16: v -= 1 << shift
+        out.append(v + (out[-2] if len(out) > 2 else 0))
+        v = shift = 0
+    return out
+
+
+@given(st.binary(max_size=40) | st.lists(st.integers(48, 111), max_size=40).map(bytes))
+def test_packed_run_lengths(text):
+    try: got = boxes._lengths(text)
+    except ValueError: assert any(all(c - 48 & 32 for c in text[i:i + 7]) for i in range(len(text) - 6)) # more than 35 bits
+    else: assert got == lengths(text)
 
 
 def test_coco_that_is_odd(tmp_path):

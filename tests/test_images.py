@@ -1,5 +1,5 @@
 "Images as they come, and the layouts in which data sets come."
-import io, itertools, tarfile, warnings
+import io, itertools, os, tarfile, warnings
 
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
@@ -7,7 +7,7 @@ from scipy.io import savemat
 
 from relvit.data import make_dls
 from relvit.datasets import IMAGENET100, open_data
-from relvit.images import Unreadable, image_files, only_readable, read_image
+from relvit.images import Unreadable, below, image_files, only_readable, read_image, stored_image
 from relvit.shards import Shards
 
 
@@ -152,6 +152,77 @@ def test_a_table_of_labels_some_of_them_missing(tmp_path):
     assert (make_dls(s, labelled=True, device='cpu').train_ds.y >= 0).all()
     (tmp_path/'5.png').unlink()
     with pytest.raises(ValueError, match='1 of 12 files in column .name. of .* are not there'): open_data(tmp_path, img_size=14, p=2, labels=tmp_path/'t.csv')
+
+
+def test_a_folder_that_nobody_may_open(tmp_path, monkeypatch):
+    "It is named and left out; the data itself may not be left out"
+    for f in 'a/0.png', 'b/1.png', 'lost+found/2.png':
+        (tmp_path/f).parent.mkdir()
+        picture().save(tmp_path/f)
+    (tmp_path/'b/link').symlink_to(tmp_path/'lost+found')
+    scandir, closed = os.scandir, [tmp_path/'lost+found', tmp_path/'b/link'] # for root, who tests in containers, nothing is closed
+    def guarded(at):
+        if str(at) in map(str, closed): raise PermissionError(13, 'Permission denied', str(at))
+        return scandir(at)
+    monkeypatch.setattr(os, 'scandir', guarded)
+    with pytest.warns(UserWarning, match=r'the folder .*lost\+found is left out: Permission denied'): ds = image_files(tmp_path, 8)
+    assert ([f.name for f in ds.files], ds.vocab) == (['0.png', '1.png'], ['a', 'b'])
+    closed.append(tmp_path)
+    with pytest.raises(PermissionError): image_files(tmp_path, 8)
+
+
+@pytest.mark.skipif(os.name == 'nt' or not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='nothing is closed to root')
+def test_a_link_into_a_closed_folder(tmp_path):
+    for f in 'own/0.png', 'closed/in/1.png':
+        (tmp_path/f).parent.mkdir(parents=True)
+        picture().save(tmp_path/f)
+    (tmp_path/'own/link').symlink_to(tmp_path/'closed/in')
+    (tmp_path/'closed').chmod(0)
+    try: assert len(image_files(tmp_path/'own', 8)) == 1
+    finally: (tmp_path/'closed').chmod(0o700)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='paths as POSIX writes them')
+def test_names_below_a_folder(monkeypatch):
+    for root in '/tmp/data', '//tmp/data', '/tmp/data/', '/tmp/data/../data':
+        for name in 'a.png', 'a/b..c.png', 'a/../b.png', '/tmp/data/a.png', '//tmp/data/a.png':
+            assert os.path.abspath(below(root, name, 'x')).lstrip('/').startswith('tmp/data/')
+        for name in '../a.png', 'a/../../a.png', '/tmp/a.png', '/tmp/database/a.png', '/', '..':
+            with pytest.raises(ValueError, match=f'x names {name}, which lies outside of'): below(root, name, 'x')
+    assert str(below('/tmp/data', 'link/../a.png', 'x')) == '/tmp/data/a.png' # not beside what the link means
+    assert str(below('/', '/etc/a.png', 'x')) == '/etc/a.png'
+    monkeypatch.setattr(os.path, 'abspath', lambda path: pytest.fail('a plain name is not looked at twice'))
+    assert str(below('data', 'a/b.png', 'x')) == 'data/a/b.png'
+
+
+def test_want_of_memory_is_no_broken_file(tmp_path, monkeypatch):
+    "Or good files would be left out of a data set in silence"
+    picture().save(tmp_path/'0.png')
+    def full(*args, **kwargs): raise MemoryError
+    monkeypatch.setattr(Image.Image, 'convert', full)
+    monkeypatch.setattr(Image.Image, 'load', full)
+    for read in (lambda: read_image(tmp_path/'0.png', 8), lambda: stored_image(tmp_path/'0.png'), lambda: only_readable(image_files(tmp_path, 8), 1)):
+        with pytest.raises(MemoryError): read()
+
+
+def test_what_decoders_of_avif_and_blp_raise(tmp_path, monkeypatch):
+    "A RuntimeError, or one of its kinds"
+    picture().convert('P').save(tmp_path/'0.blp')
+    harmed = bytearray((tmp_path/'0.blp').read_bytes())
+    harmed[8] = 64 # its encoding
+    (tmp_path/'0.png').write_bytes(harmed)
+    for read in (lambda f: read_image(f, 8), stored_image):
+        with pytest.raises(Unreadable, match='0.png cannot be read as an image: Unknown BLP encoding'): read(tmp_path/'0.png')
+
+
+def test_few_labels_of_one_class_or_none(tmp_path):
+    for i in range(10): picture().save(tmp_path/f'{i}.png')
+    with pytest.raises(ValueError, match='no image of .* has a label'): make_dls(open_data(tmp_path, img_size=16), labels=2)
+    for i in range(10, 20):
+        (tmp_path/'cat').mkdir(exist_ok=True)
+        picture().save(tmp_path/f'cat/{i}.png')
+    for args in (dict(labels=2), dict(labelled=True), dict(labels=2, labelled=True)):
+        with pytest.raises(ValueError, match='has only one class, cat'): make_dls(open_data(tmp_path, img_size=16), **args)
 
 
 def test_unlabelled_data_trains_no_classifier(tmp_path):

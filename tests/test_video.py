@@ -354,6 +354,22 @@ def test_a_set_interrupted_and_gone_on_with(davis):
     assert torch.equal(read_mask(davis/'plain/a/00007.png'), film().mask(0))
 
 
+def test_what_is_done_is_not_decoded_again(davis, monkeypatch):
+    "And nothing is written where a file that is still needed cannot be read"
+    seen, frame = [], Video.frame
+    monkeypatch.setattr(Video, 'frame', lambda self, i: seen.append(self.name) or frame(self, i))
+    broken = davis/'DAVIS/JPEGImages/480p/a/00004.jpg'
+    whole, out = broken.read_bytes(), davis/'once'
+    broken.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(ValueError, match='00004.jpg cannot be read'): track_objects('still', davis, out, tell='nothing')
+    assert not out.exists()
+    broken.write_bytes(whole)
+    first = track_objects('still', davis, out, tell='nothing')
+    (out/'a/00007.png').unlink()
+    seen.clear()
+    assert track_objects('still', davis, out, tell='nothing').asdict() == first.asdict() and set(seen) == {'a'}
+
+
 def test_other_weights_are_another_encoder(tmp_path):
     make = lambda seed: torch.manual_seed(seed) and TokenEncoder('vit_tiny_patch16_224', img_size=64, p=16, embed_dim=12, depth=1, num_heads=1)
     track_objects(make(0), film(4), tmp_path, tell='nothing', short=None)
