@@ -368,7 +368,7 @@ def _segmentation(s, h, w):
         if any(p.ndim != 1 or not (np.abs(p) < 1e5).all() for p in points): raise ValueError('its polygons are no lists of coordinates in pixels')
         return points
     size, runs = [int(v) for v in s['size']], s['counts']
-    if h and w and size != [h, w]: raise ValueError(f'its mask is of {size[1]} x {size[0]} pixels, its image of {w} x {h}')
+    if h and w and size != [h, w]: raise ValueError(f'its mask is of {" x ".join(map(str, size[::-1]))} pixels, its image of {w} x {h}')
     runs = runs if isinstance(runs, list) else _lengths(runs)
     if len(size) != 2 or min(runs, default=-1) < 0 or sum(runs) != size[0]*size[1]: raise ValueError(f'the run lengths of its mask are not those of {" x ".join(map(str, size[::-1]))} pixels')
     return s

@@ -22,18 +22,19 @@ wants = re.compile(rf"\b({'|'.join(gone)})\b")
 
 
 def lacking(e):
-    "Which missing extra an error is about, if any: it, or what it came from, is an ImportError that names it"
+    "Which missing extra an error is about, if any: it, or what it came from, is an ImportError that names it, or shows what a command said of it"
     while e:
-        if isinstance(e, ImportError) and (m := wants.search(str(e))): return m[1]
+        if (isinstance(e, ImportError) or 'relvit[' in str(e)) and (m := wants.search(str(e))): return m[1]
         e = e.__cause__ or e.__context__
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+def _run(item):
     try: return (yield)
     except Exception as e:
         if gone and (name := lacking(e)): pytest.skip(f'{name} is not installed')
         raise
+
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_run) # fixtures, too
 
 
 @pytest.hookimpl(wrapper=True)

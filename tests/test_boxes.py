@@ -7,7 +7,7 @@ from hypothesis import assume, given, strategies as st
 from PIL import Image
 
 from relvit import boxes
-from relvit.boxes import (BoxLoader, COLOURS, KITTI, VOC, box_dls, box_set, crop_boxes, decode_masks, flip_boxes, hold_out, open_boxes, read_coco,
+from relvit.boxes import (_segmentation, BoxLoader, COLOURS, KITTI, VOC, box_dls, box_set, crop_boxes, decode_masks, flip_boxes, hold_out, open_boxes, read_coco,
                           read_kitti, read_svhn, read_voc, shapes_set, show_boxes, stored_image)
 from relvit.datasets import open_data
 from relvit.images import Unreadable
@@ -260,6 +260,11 @@ def test_svhn(tmp_path):
     with h5py.File(tmp_path/'train/digitStruct.mat', 'w') as f: f['other'] = 1
     with pytest.raises(ValueError, match=r'no digitStruct\.mat of the house numbers'): read_svhn(tmp_path)
     with pytest.raises(FileNotFoundError, match='no folder with a digitStruct.mat'): read_svhn(tmp_path/'train')
+
+
+@pytest.mark.parametrize('size,said', [([10], '10'), ([], ''), ([1, 2, 3], '3 x 2 x 1'), ([12, 10], '10 x 12')])
+def test_a_mask_of_another_size_is_refused(size, said):
+    with pytest.raises(ValueError, match=f'its mask is of {said} pixels, its image of 12 x 10'): _segmentation(dict(size=size, counts=[120]), 10, 12)
 
 
 def test_a_missing_library_is_named(monkeypatch):

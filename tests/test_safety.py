@@ -355,7 +355,7 @@ def test_where_images_of_coco_may_lie_is_for_the_user_to_say(names, folder, tmp_
             '--min-size', '32', '--device', 'cpu', '--width', '8', '--steps', '1', '--epochs', '1', '--bs', '2', '--name', 'x']
     if names != '{}.png':
         err = said(line, capsys)
-        assert re.search(r'which lies outside of coco.train2017; say which folder holds the images: .*--data-args images=FOLDER', err), err
+        assert re.search(r'which lies outside of .*coco.train2017; say which folder holds the images: .*--data-args images=FOLDER', err), err
     s = open_boxes('coco', images=there)
     assert s.train.name == 'train2017' and len(s.train) + len(s.valid) == 4 and s.in_use['images'] == str(there)
     assert said([*line, '--data-args', f'images={there}'], capsys, 0) is not None

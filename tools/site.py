@@ -1,9 +1,10 @@
 """Build the documentation site without Quarto: nbdev's functions process the notebooks, smalldocs renders them.
 
     python tools/site.py [folder]                  into _docs, or another folder
+    python tools/site.py --quarto [folder]         with Quarto instead of smalldocs, where it is installed: as nbdev_docs does
     python -m http.server -b 127.0.0.1 -d _docs    to look at it, search box included
 """
-import html, re, shutil, sys, tempfile
+import html, re, shutil, subprocess, sys, tempfile
 from contextlib import chdir
 from importlib import import_module
 from inspect import getsource
@@ -92,13 +93,28 @@ def process(folder):
         return proc_nbs('nbs', n_workers=0, force=True)
 
 
-def build(out):
-    "Build the site from a copy of the working tree, which stays as it is"
+def copy_to(there):
+    "What a site is made of; the working tree stays as it is"
+    for f in 'settings.ini', '_quarto.yml': shutil.copy(root/f, there)
+    ignored = shutil.ignore_patterns('.*', '__pycache__', 'models', 'runs')
+    for f in 'nbs', 'relvit': shutil.copytree(root/f, there/f, ignore=ignored)
+    return there
+
+
+def quarto(out):
+    "The same pages by Quarto. Nothing is executed: outputs are those of the notebooks"
+    if not shutil.which('quarto'): sys.exit('Quarto is not installed: https://quarto.org/docs/get-started; `make docs` does without')
     with tempfile.TemporaryDirectory() as name:
-        there = Path(name)
-        for f in 'settings.ini', '_quarto.yml': shutil.copy(root/f, there)
-        ignored = shutil.ignore_patterns('.*', '__pycache__', 'models', 'runs')
-        for f in 'nbs', 'relvit': shutil.copytree(root/f, there/f, ignore=ignored)
+        made = process(copy_to(Path(name)))
+        subprocess.run(['quarto', 'render', '--no-execute'], cwd=made, check=True)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.move(made/'_docs', out)
+
+
+def build(out):
+    "Build the site"
+    with tempfile.TemporaryDirectory() as name:
+        there = copy_to(Path(name))
         project = config.load(process(there))
         project.config['project']['output-dir'] = str(out)
         made = Site(project)
@@ -108,6 +124,9 @@ def build(out):
 
 
 if __name__ == '__main__':
+    if '--quarto' in sys.argv:
+        sys.argv.remove('--quarto')
+        sys.exit(quarto(Path(*sys.argv[1:] or [root/'_docs']).resolve()))
     made = build(Path(*sys.argv[1:] or [root/'_docs']).resolve())
     print(f'{len(made.pages)} pages in {made.out.name}/')
     sys.exit('\n'.join(f'{src}: {href} leads nowhere' for src, href in made.broken) or None)
