@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import crop as cut
 from .data import ImageLoader, seed_of
 from .datasets import Parts, VOC, voc_home
-from .images import StoredImages, below, hold_out, looked_at, pixel_statistics, stored_image, stored_size
+from .images import StoredImages, _opened, below, hold_out, looked_at, pixel_statistics, stored_image, stored_size
 from .label_maps import COLOURS
 from .plots import plt, show_image, to_rgb
 from .shapes import SEEDS, SHAPES, make_shapes
@@ -73,8 +73,7 @@ def _runs(source, h, w):
 
 def _numbered(path, values, h, w):
     "(n,h,w) where a picture has these values"
-    from PIL import Image
-    with Image.open(path) as im: m = torch.from_numpy(np.array(im))
+    m = torch.from_numpy(_opened(path, np.array, 'a mask'))
     if m.shape != (h, w): raise ValueError(f'{path} has {m.shape[1]} x {m.shape[0]} pixels, its image {w} x {h}')
     return m == torch.tensor(values)[:, None, None]
 

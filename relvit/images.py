@@ -71,13 +71,13 @@ def stored_kind(im # PIL image
     turned = 'exif' in im.info and im.getexif().get(274, 1) != 1 # without, a PNG would be decoded to look for it
     return ('grey '*grey + 'turned'*turned).strip()
 
-def _opened(path, f):
+def _opened(path, f, what='an image'):
     "What `f` makes of an open file. Raises `Unreadable` for what is no image, FileNotFoundError"
     from PIL import Image
     try:
         with Image.open(path) as im: return f(im)
     except FileNotFoundError: raise
-    except (*BROKEN, Image.DecompressionBombError) as e: raise Unreadable(f'{path} cannot be read as an image: {_why(e)}', _why(e)) from e
+    except (*BROKEN, Image.DecompressionBombError) as e: raise Unreadable(f'{path} cannot be read as {what}: {_why(e)}', _why(e)) from e
 
 def stored_image(path) -> tuple[Tensor, str]: # (3,H,W) uint8; see `stored_kind`
     "A file's pixels in colour, not turned by EXIF. Raises `Unreadable` for what is no image, FileNotFoundError"

@@ -8,6 +8,7 @@ import difflib, inspect, json, os, re, sys, time, typing, warnings, torch, yaml
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from fastai.callback.core import Callback, CancelFitException
+from fastcore.foundation import L
 from functools import partial, singledispatch
 from pathlib import Path
 from tqdm import tqdm
@@ -354,6 +355,7 @@ def settle_fit(c:Fit) -> Fit:
         if k == 'data' and v in DATASETS or '://' in v or not (tail.endswith('.tar') or Path(tail).expanduser().exists()): return v
         return head + os.path.abspath(Path(tail).expanduser())
     c = c.but(**{k: place(k, v) for k in ('data', 'root', 'labels', 'classes', 'init') if (v := getattr(c, k, None))}, recipe=c.recipe or c.usual)
+    if args := getattr(c, 'data_args', ()): c = c.but(data_args=tuple(f'images={place("images", a[7:])}' if a.startswith('images=') else a for a in args))
     r = config_recipe(c)
     c = c.but(**{k: getattr(r, k) for k in ('epochs', 'bs', 'augment', 'smoothing') if getattr(c, k, 0) is None})
     held = encoder_config(start_file(c.init)) if c.init else {}
@@ -548,7 +550,7 @@ def _folder(c):
 def train(c:Config=None, # what to do
           resume=None, # or the run folder to go on with
           tell='notebook', # fastai's bar and table; 'console', a terminal or a program that reads along; 'nothing'
-          cbs=None) -> Run:
+          cbs=None) -> Run: # more callbacks, or one
     "Do one run, from its configuration or from where it was left. Raises before any work is lost"
     if tell not in ('notebook', 'console', 'nothing'): raise ValueError(f"tell is 'notebook', 'console' or 'nothing', not {tell!r}")
     several, device = together(), {}
@@ -593,7 +595,7 @@ def train(c:Config=None, # what to do
         if several: learn.add_cb(Distributed(cpu=c.device == 'cpu'))
         elsewhere = [tracker(c.track, run)] if c.track and not several.get('rank') else []
         look = [ShowLearnt(run)] if 'relations' in learn.model.tasks and isinstance(c, Config) and not several.get('rank') else []
-        learn.fit_recipe(c.epochs, cbs=[recorder, *look, *elsewhere, *([Console()] if tell == 'console' else []), *(cbs or [])])
+        learn.fit_recipe(c.epochs, cbs=[recorder, *look, *elsewhere, *([Console()] if tell == 'console' else []), *L(cbs)])
     run.stopped = recorder.stop
     if several: torch.distributed.barrier()
     return run

@@ -18,7 +18,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import nn, Tensor
 from tqdm import tqdm
 from .checkpoint import write_whole
-from .images import Unreadable, below, stored_image
+from .images import _opened, below, stored_image, stored_size
 from .label_maps import voc_colours
 from .learner import encoder_of
 from .patches import grid_of, pair, to_patches
@@ -36,10 +36,7 @@ VOID = 255 # in a mask: not judged
 def read_mask(path # PNG with a palette or in grey
              ) -> Tensor: # (H,W) uint8: 0 ground, 1 to 254 objects, 255 = VOID
     "The objects of a mask. Raises ValueError for a picture in colour, and for numbers that a byte cannot hold"
-    try:
-        with Image.open(path) as im: x = np.array(im)
-    except FileNotFoundError: raise
-    except (OSError, ValueError, SyntaxError) as e: raise Unreadable(f'{path} cannot be read as a mask: {e}', str(e)) from e
+    x = _opened(path, np.array, 'a mask')
     if x.ndim == 3:
         if (x[..., :3] != x[..., :1]).any(): raise ValueError(f'{path} is in colour; a mask has a palette or is grey: one number a pixel')
         x = x[..., 0]
@@ -113,11 +110,7 @@ class Video:
 # %% ../nbs/45_video.ipynb #4fb9767a
 def _size(x):
     "(H,W) of a file, which is not read for it, or of a tensor"
-    if not isinstance(x, (str, Path)): return tuple(x.shape[-2:])
-    try:
-        with Image.open(x) as im: return im.size[::-1]
-    except FileNotFoundError: raise
-    except (OSError, ValueError, SyntaxError) as e: raise Unreadable(f'{x} cannot be read as an image: {e}', str(e)) from e
+    return stored_size(x)[:2] if isinstance(x, (str, Path)) else tuple(x.shape[-2:])
 
 @patch(as_prop=True)
 def size(self:Video) -> tuple[int, int]: # (H,W)

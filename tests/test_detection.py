@@ -123,6 +123,13 @@ def test_a_plain_run_and_averaged_weights(coco, tmp_path):
     with pytest.raises(ValueError, match='data must name images'): settle(Detect(init=str(run.path)))
 
 
+def test_places_hold_from_any_folder(coco, monkeypatch):
+    "What a run was told of folders, it finds again when it goes on elsewhere"
+    monkeypatch.chdir(coco)
+    c = settle(Detect(**light, data='.', data_args=('images=train2017', 'drop_empty=true', 'images=nowhere')))
+    assert c.data == str(coco) and c.data_args == (f'images={coco/"train2017"}', 'drop_empty=true', 'images=nowhere')
+
+
 def test_a_plan_writes_nothing(coco, tmp_path):
     p = plan(Detect(**light, data=str(coco), out=str(tmp_path/'runs')))
     assert p.seconds > 0 and p.memory > 0 and p.heads > p.params and not (tmp_path/'runs').exists()

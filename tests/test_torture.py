@@ -100,7 +100,7 @@ def test_a_full_disk(home, tmp_path):
                 while True: f.write(b'0'*1000)
         class Fills(Callback):
             def before_batch(self): (disk/'full').exists() or fill()
-        with pytest.raises(Unwritten, match=r'(?s)No space left on device .*free\); make room. Then go on with: relvit pretrain --resume'): quietly(resume=run.path, cbs=[Fills()])
+        with pytest.raises(Unwritten, match=r'(?s)No space left on device .*free\); make room. Then go on with: relvit pretrain --resume'): quietly(resume=run.path, cbs=Fills())
         assert run.last.read_bytes() == was and not hidden(run.path) and len(run.metrics) <= 2
         with pytest.raises(Unwritten, match='No space left'): quietly(resume=run.path) # full from the beginning
         (disk/'full').unlink()
