@@ -87,19 +87,19 @@ def provenance(python):
 
 def main(kind, *args):
     python, versions = environment(kind)
-    named = dict(v.split('==') for v in versions)
+    named, origin = dict(v.split('==') for v in versions), provenance(python)
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'} | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', RELVIT_PARTIAL='1')
     outcome = run_tests(python, args, env)
     if kind == 'newest' and not args: outcome['notebooks'] = run_pages(python, env)
     failed = outcome['failed'] + outcome.get('notebooks', {}).get('failed', 0)
     print(f"{kind}, Python {platform.python_version()}: {outcome['passed']} passed, {outcome['failed']} failed, {outcome['skipped']} skipped")
     if args: return failed
-    print(f'written to {results.relative_to(root)}')
     of = {n: v for n in direct() if (v := named.get(n))}
-    entry = dict(python=platform.python_version(), platform=platform.platform(), direct=of, **outcome, resolved=versions, **provenance(python))
+    entry = dict(origin, platform=platform.platform(), direct=of, **outcome, resolved=versions)
     known = json.loads(results.read_text()) if results.exists() else {}
     minor = '.'.join(platform.python_version_tuple()[:2])
     results.write_text(json.dumps(dict(sorted((known | {f'{kind}, Python {minor}': entry}).items())), indent=1) + '\n')
+    print(f'written to {results.relative_to(root)}')
     return failed
 
 
