@@ -11,8 +11,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup
 	$(BIN)/python -W ignore -m relvit.demo $(ARGS)
 
+# a file of tests on each core, on four at most. ARGS=-n0: one after the other, as a debugger wants it
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lab: setup
 	cd nbs && env -u MPLBACKEND ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
@@ -37,7 +38,7 @@ setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --refresh-package relvit --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	touch $@
 
 record: setup
@@ -95,11 +96,11 @@ lowest newest runtime:
 
 # pins for every Python and platform from settings.ini; those that stand are kept where they can be (rm constraints.txt: all anew)
 constraints: setup
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate --custom-compile-command 'make constraints' setup.py -o constraints.txt
+	$(BIN)/uv pip compile --quiet --refresh-package relvit --universal --python-version 3.10 --all-extras --no-annotate --custom-compile-command 'make constraints' setup.py -o constraints.txt
 
 # small mistakes in floors 0 to 2, and which are noticed; after coverage. ARGS=--again: only those that were not
 mutants: setup
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[mutants]'
+	$(BIN)/uv pip install --quiet --refresh-package relvit --python $(BIN)/python -c constraints.txt -e '.[mutants]'
 	$(BIN)/python tools/mutants.py results/mutants.json $(ARGS)
 
 clean:

@@ -46,7 +46,7 @@ def environment(kind):
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', 'uv'], check=True)
     uv = [python, '-m', 'uv', 'pip']
     wanted = root/'setup.py', *(f'--extra={e}' for e in extras() if kind != 'runtime')
-    pins = subprocess.run([*uv, 'compile', '--quiet', '--no-header', '--no-annotate', f'--python={python}', *kinds[kind], *wanted],
+    pins = subprocess.run([*uv, 'compile', '--quiet', '--refresh-package=relvit', '--no-header', '--no-annotate', f'--python={python}', *kinds[kind], *wanted],
                           check=True, stdout=subprocess.PIPE, text=True, cwd=home).stdout
     (home/'pins.txt').write_text(pins) # the tests' own needs are met beside them, never by another version
     more = tests + pages*(kind == 'newest')
