@@ -370,6 +370,7 @@ def main(argv:list[str]=None) -> int: # exit code
     except (ValueError, OSError, ImportError, TypeError, FloatingPointError) as e: # the last is `NotFinite`
         if os.environ.get('RELVIT_DEBUG'): raise
         said = re.sub(r'^Exception occured in `.*?` when calling event `\w+`:\s+', '', str(e)) # which fastai says first
+        if said.startswith('[Errno') and e.filename: said = f'{e.filename}: {e.strerror}'
         print(f'relvit {name}: {said or type(e).__name__}', file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:

@@ -19,7 +19,7 @@ from .callbacks import AutoCast, AverageWeights, FiniteLosses, LeakWarning, Patc
 from .checkpoint import encoder_config, load
 from .detect import Detector
 from .evaluation import Evaluation, image_paths, keep_evaluation, validated
-from .images import Unreadable
+from .images import Unreadable, _why
 from .learner import mega_grid, optimised, patch_callbacks, encoder_of, make_encoder
 from .plots import plt
 from .precision import Precision
@@ -312,7 +312,7 @@ def detect_files(run, # `Run` or its folder
     rows = []
     for f in image_paths(files):
         try: x, stored = stored_image(f)
-        except (Unreadable, OSError) as e: rows.append((str(f), *[None]*6, getattr(e, 'why', str(e)))); continue
+        except (Unreadable, OSError) as e: rows.append((str(f), *[None]*6, _why(e))); continue
         d, turned = model([x])[0], 'a camera noted that it is turned; boxes are of the pixels as stored'*('turned' in stored)
         keep = d['scores'] >= threshold
         found = zip(d['labels'][keep].tolist(), d['scores'][keep].tolist(), d['boxes'][keep].tolist())

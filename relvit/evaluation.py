@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.nn.functional import interpolate
 from .checkpoint import Unwritten, load, load_encoder, write_whole
 from .data import centre
-from .images import Images, Unreadable, files_below, read_image
+from .images import Images, Unreadable, _why, files_below, read_image
 from .probe import embed, knn, logistic
 from .runs import Run
 from .shards import Shards
@@ -161,7 +161,7 @@ def predict(run, # `Run` or its folder
         good, x, why = [], [], {}
         for f in chunk:
             try: x.append(read_image(f, size if d['fit'] == 'resize' else round(size*8/7), d['channels']))
-            except (Unreadable, OSError) as e: why[f] = getattr(e, 'why', str(e))
+            except (Unreadable, OSError) as e: why[f] = _why(e)
             else: good.append(f)
         probs = model(centre(torch.stack(x), size))['labels'].softmax(1).max(1) if good else ([], [])
         said = {f: (model.vocab[k], round(float(p), 4), '') for f, p, k in zip(good, *probs)}

@@ -40,8 +40,9 @@ def as_rgb(im, # PIL image
     return im.convert('RGB' if channels == 3 else 'L')
 
 def _why(e):
-    "What a person can do something about, of what PIL says"
+    "What a person can do something about, of what PIL or the system says"
     from PIL import Image, UnidentifiedImageError
+    if isinstance(e, Unreadable): return e.why
     if isinstance(e, UnidentifiedImageError): return 'this is no image, or of a kind that PIL does not know'
     if isinstance(e, Image.DecompressionBombError):
         found = re.search(r'\((\d+) pixels\)', str(e))
@@ -162,7 +163,7 @@ def find_unreadable(ds:ImageFiles) -> dict: # {index: reason}
     "Decode every file once"
     def why(i):
         try: ds.read(i)
-        except (Unreadable, OSError) as e: return getattr(e, 'why', str(e))
+        except (Unreadable, OSError) as e: return _why(e)
     return {i: w for i, w in enumerate(_threads(why, len(ds), f'checking {ds.name}')) if w}
 
 def only_readable(ds:ImageFiles, most=.01 # share of files that may be bad; a number from 1 on counts them

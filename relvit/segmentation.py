@@ -24,7 +24,7 @@ from .checkpoint import write_whole
 from .data import ImageLoader, seed_of
 from .detection import SMALL, start_encoder
 from .evaluation import Evaluation, image_paths, keep_evaluation, validated
-from .images import Unreadable, pixel_statistics, stored_image
+from .images import Unreadable, _why, pixel_statistics, stored_image
 from .label_maps import IGNORE, MapSplits, open_maps, show_map
 from .learner import FreezeEncoder, encoder_of, make_encoder, optimised
 from .patches import pair
@@ -450,7 +450,7 @@ def segment_files(run, # `Run` or its folder
     if out is not None: Path(out).mkdir(parents=True, exist_ok=True)
     for f in paths:
         try: x, stored = stored_image(f)
-        except (Unreadable, OSError) as e: rows.append((str(f), '', '', getattr(e, 'why', str(e)))); continue
+        except (Unreadable, OSError) as e: rows.append((str(f), '', '', _why(e))); continue
         m = model.segment([x], **look)[0].cpu()
         n = m.flatten().bincount(minlength=len(model.vocab))/m.numel()
         said = ', '.join(f'{model.vocab[k]} {n[k]:.1%}' for k in n.argsort(descending=True).tolist() if n[k] >= .001)
