@@ -30,7 +30,7 @@ def unwritten(path, # what was to be written
               folder=None # where it was to lie, if not in its parent
              ) -> Unwritten:
     "The error that says which file, why, and what helps"
-    folder, found = folder or Path(path).parent, re.search(r'\(os error (\d+)\)', str(e)) # safetensors' are no OSErrors
+    folder, found = folder or Path(path).parent, re.search(r'\b(?:os error|code:) (\d+)', str(e)) # safetensors' are no OSErrors
     code = getattr(e, 'errno', None) or (int(found[1]) if found else None)
     why, wanted = os.strerror(code) if code else str(e), f'{as_bytes(size)} wanted' if size else ''
     if code in (errno.ENOSPC, errno.EDQUOT):
