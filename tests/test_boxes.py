@@ -31,6 +31,13 @@ def test_scenes_are_those_of_every_machine():
     assert abs(x.float().mean().item() - 131.823) < .01
 
 
+def test_no_scene_is_in_two_parts():
+    "What is chosen and reported on was never trained on, and neither is the other"
+    s = open_boxes('shapes', n=[8, 8, 8], size=24)
+    scenes = [x.numpy().tobytes() for ds in s.parts.values() for x in ds.files]
+    assert len(scenes) == len({*scenes}) == 24 and list(s.parts) == ['trained on', 'chosen on', 'reported on']
+
+
 @given(st.integers(1, 5), st.integers(0, 10**6), st.integers(1, 6))
 def test_a_scene_is_what_its_target_says(n, seed, most):
     x, targets = make_shapes(n, 24, seed, most, SHAPES[1:4])
