@@ -71,6 +71,11 @@ def test_attention_computes_in_float32_under_autocast():
     assert linear_attention(*(t.bfloat16() for t in (q, k, v)), w).dtype == torch.float32
 
 
+def test_an_image_need_not_be_square():
+    m = timm.create_model('t2t_vit_7', img_size=(32, 64), num_classes=3)
+    assert (m.patch_embed.grid_size, m.patch_embed.num_patches) == ((2, 4), 8) and m(torch.rand(1, 3, 32, 64)).shape == (1, 3)
+
+
 # a timm model
 
 def test_timm_knows_the_names():
