@@ -13,7 +13,7 @@ demo: setup
 
 # a file of tests on each core, on four at most. ARGS=-n0: one after the other, as a debugger wants it
 test: setup
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: setup
 	cd nbs && env -u MPLBACKEND ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)

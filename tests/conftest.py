@@ -1,5 +1,5 @@
 "One thread, no window, and the same examples every time. `--hypothesis-profile search` looks for new ones."
-import os, re
+import os, re, sys
 os.environ.setdefault('OMP_NUM_THREADS', '1') # torch's threads spin; before torch is imported
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
@@ -12,6 +12,13 @@ slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile('house', max_examples=50, deadline=None, derandomize=True, suppress_health_check=slow)
 settings.register_profile('search', max_examples=300, deadline=None, suppress_health_check=slow)
 settings.load_profile('house')
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    "A test that looks for figures left open sees its own, whatever ran before it in this process"
+    yield
+    if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
 
 
 # tools/dependencies.py runs all this where extras are missing on purpose, and says so: there, and nowhere else, what fails for want of one is skipped
